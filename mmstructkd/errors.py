@@ -1,0 +1,130 @@
+"""Exceptions of mmstructkd and the checks that raise them.
+
+Every message reads ``<Owner>: `<argument>` must <rule>, got <value>. <Way out>.``
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Collection, Sequence
+from numbers import Real
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = [
+    'CheckpointError',
+    'ConfigError',
+    'ShapeError',
+    'TapError',
+    'check_finite_number',
+    'check_ndim',
+    'check_one_of',
+    'check_positive',
+    'check_same',
+    'suggest',
+]
+
+
+class ConfigError(ValueError):
+    """A config value that cannot be used."""
+
+
+class ShapeError(ValueError):
+    """Tensors whose shapes do not fit an operation."""
+
+
+class TapError(ConfigError):
+    """A tap that names nothing, or that a forward pass does not reach."""
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be read, is not trusted, or does not fit."""
+
+
+def suggest(name: str, known: Collection[str]) -> str:
+    """Return a sentence with the known names nearest to ``name``.
+
+    Args:
+        name: the name that was not found.
+        known: the names there are.
+
+    Returns:
+        ``"Did you mean 'a' or 'b'?"``, or a list of what is known where
+        nothing is near. Empty if nothing is known.
+    """
+    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.6)
+    if near:
+        return 'Did you mean ' + ' or '.join(repr(n) for n in near) + '?'
+    if not known:
+        return ''
+    shown = sorted(known)
+    listing = ', '.join(repr(n) for n in shown[:12])
+    return f'Known: {listing}' + (f', and {len(shown) - 12} more.' if len(shown) > 12 else '.')
+
+
+def check_one_of(owner: str, argument: str, value: Any, allowed: Collection[Any]) -> None:
+    """Raise :class:`ConfigError` unless ``value`` is one of ``allowed``."""
+    if value not in allowed:
+        names = [str(a) for a in allowed]
+        raise ConfigError(
+            f'{owner}: `{argument}` must be one of {list(allowed)!r}, got {value!r}. {suggest(str(value), names)}'
+        )
+
+
+def check_finite_number(owner: str, argument: str, value: Any, *, minimum: float | None = None) -> None:
+    """Raise :class:`ConfigError` unless ``value`` is a finite number, at least ``minimum``."""
+    rule = 'be a finite number' + ('' if minimum is None else f' of at least {minimum:g}')
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or (minimum is not None and value < minimum):
+        raise ConfigError(f'{owner}: `{argument}` must {rule}, got {value!r}.')
+
+
+def check_positive(owner: str, argument: str, value: Any) -> None:
+    """Raise :class:`ConfigError` unless ``value`` is a finite number above zero."""
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or value <= 0:
+        raise ConfigError(f'{owner}: `{argument}` must be a finite number above 0, got {value!r}.')
+
+
+def check_ndim(owner: str, argument: str, tensor: Tensor, ndim: int | Sequence[int], layout: str) -> None:
+    """Raise :class:`ShapeError` unless ``tensor`` has (one of) ``ndim`` axes.
+
+    Args:
+        owner: who asks, for the message.
+        argument: name of the argument.
+        tensor: the tensor that is checked.
+        ndim: the number of axes allowed, or several of them.
+        layout: the axes in words, e.g. ``'(B, C, H, W)'``.
+    """
+    allowed = (ndim,) if isinstance(ndim, int) else tuple(ndim)
+    if tensor.dim() not in allowed:
+        raise ShapeError(f'{owner}: `{argument}` must have shape {layout}, got {tuple(tensor.shape)}.')
+
+
+def check_same(
+    owner: str,
+    student: Tensor,
+    teacher: Tensor,
+    axes: Sequence[int],
+    names: str,
+    way_out: str,
+) -> None:
+    """Raise :class:`ShapeError` unless both tensors agree on ``axes``.
+
+    Args:
+        owner: who asks, for the message.
+        student: the student's tensor.
+        teacher: the teacher's tensor.
+        axes: the axes that must agree.
+        names: these axes in words, e.g. ``'B, H and W'``.
+        way_out: what to do about it.
+    """
+    same_ndim = student.dim() == teacher.dim()
+    if not same_ndim or any(student.shape[a] != teacher.shape[a] for a in axes):
+        raise ShapeError(
+            f'{owner}: `student` and `teacher` must share {names}, '
+            f'got {tuple(student.shape)} and {tuple(teacher.shape)}. {way_out}'
+        )

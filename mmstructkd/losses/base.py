@@ -1,0 +1,75 @@
+"""Base of the registered losses: weight, one signature, targets at a map's size."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from mmstructkd.errors import check_finite_number
+from mmstructkd.functional.resize import resize_labels, resize_mask
+from mmstructkd.structures import Targets
+
+__all__ = ['DistillLoss']
+
+
+class DistillLoss(nn.Module):
+    """A loss between one tensor of the student and one of the teacher.
+
+    A subclass implements :meth:`compute`, which returns the *unweighted*
+    scalar; this class multiplies by ``loss_weight``. Schedules multiply once
+    more, outside.
+
+    Args:
+        loss_weight: factor of the loss, finite and at least 0.
+
+    Attributes:
+        needs_equal_channels: the term puts a connector in front where the
+            widths differ.
+        needs_equal_size: the term resizes the teacher to the student's grid.
+        needs_images: the term hands over the input images in the targets.
+    """
+
+    needs_equal_channels: bool = True
+    needs_equal_size: bool = True
+    needs_images: bool = False
+
+    def __init__(self, loss_weight: float = 1.0) -> None:
+        super().__init__()
+        check_finite_number(type(self).__name__, 'loss_weight', loss_weight, minimum=0)
+        self.loss_weight = float(loss_weight)
+
+    def compute(self, student: Tensor, teacher: Tensor, targets: Targets) -> Tensor | dict[str, Tensor]:
+        """Return the unweighted loss.
+
+        Args:
+            student: the student's tensor.
+            teacher: the teacher's tensor, made comparable by the term.
+            targets: what the batch knows besides; resize with :meth:`labels_at`
+                and :meth:`valid_at`.
+
+        Returns:
+            A scalar, or a dict: the key ``''`` is the student's part, any other
+            key an objective of the loss's own modules (a critic), which already
+            carries its weight and which no schedule scales.
+        """
+        raise NotImplementedError(f'{type(self).__name__} must implement `compute`.')
+
+    def forward(self, student: Tensor, teacher: Tensor, targets: Targets | None = None) -> Tensor | dict[str, Tensor]:
+        """Return :meth:`compute` times ``loss_weight``."""
+        value = self.compute(student, teacher, Targets() if targets is None else targets)
+        if isinstance(value, dict):
+            return {name: part * self.loss_weight if name == '' else part for name, part in value.items()}
+        return value * self.loss_weight
+
+    @staticmethod
+    def labels_at(targets: Targets, size: tuple[int, int]) -> Tensor | None:
+        """Labels on a grid of ``size``, nearest; ``None`` if there are none."""
+        return None if targets.labels is None else resize_labels(targets.labels, size)
+
+    @staticmethod
+    def valid_at(targets: Targets, size: tuple[int, int]) -> Tensor | None:
+        """Pixels that count on a grid of ``size``, nearest; ``None``: all."""
+        return None if targets.valid is None else resize_mask(targets.valid, size)
+
+    def extra_repr(self) -> str:
+        """Show the weight in the model's print-out."""
+        return f'loss_weight={self.loss_weight:g}'

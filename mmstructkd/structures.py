@@ -1,0 +1,40 @@
+"""What the stages hand to each other: frozen, and free of any mm package."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+__all__ = ['Targets']
+
+
+@dataclass(frozen=True, eq=False)
+class Targets:
+    """What a batch knows besides its features. Every field may be absent.
+
+    B images, H x W the size of the padded input of the student.
+
+    Attributes:
+        labels: class of each pixel, int64, shape (B, H, W); ``ignore_index``
+            where nothing is known.
+        valid: pixels that count, bool, shape (B, H, W): inside the image (not
+            padding) and, where there are labels, not ignored.
+        ignore_index: the label that marks pixels which do not count.
+        num_classes: number of classes of the student's task.
+        images: the student's normalised input, shape (B, 3, H, W).
+        input_size: (H, W) of the student's input.
+        boxes: one tensor an image, shape (n_i, 4), ``xyxy`` in pixels of the input.
+        box_labels: one tensor an image, int64, shape (n_i,).
+        depth: metres, shape (B, H, W); 0 where there is no reading.
+    """
+
+    labels: Tensor | None = None
+    valid: Tensor | None = None
+    ignore_index: int = 255
+    num_classes: int | None = None
+    images: Tensor | None = None
+    input_size: tuple[int, int] | None = None
+    boxes: tuple[Tensor, ...] | None = None
+    box_labels: tuple[Tensor, ...] | None = None
+    depth: Tensor | None = None
