@@ -26,16 +26,30 @@ class DistillLoss(nn.Module):
             widths differ.
         needs_equal_size: the term resizes the teacher to the student's grid.
         needs_images: the term hands over the input images in the targets.
+        own_optimizer: config of the optimiser for this loss's own parameters
+            (a critic's); ``None``: they go with the student's.
     """
 
     needs_equal_channels: bool = True
     needs_equal_size: bool = True
     needs_images: bool = False
+    own_optimizer: dict | None = None
 
     def __init__(self, loss_weight: float = 1.0) -> None:
         super().__init__()
         check_finite_number(type(self).__name__, 'loss_weight', loss_weight, minimum=0)
         self.loss_weight = float(loss_weight)
+
+    def bind(self, student: Tensor, teacher: Tensor) -> None:
+        """Build what depends on sizes, once, before the optimiser is made.
+
+        The term calls this with one probed pair of tensors (already made
+        comparable, on the CPU). The default needs nothing.
+
+        Args:
+            student: a probed tensor of the student.
+            teacher: the probed tensor of the teacher.
+        """
 
     def compute(self, student: Tensor, teacher: Tensor, targets: Targets) -> Tensor | dict[str, Tensor]:
         """Return the unweighted loss.
