@@ -1,0 +1,5 @@
+"""Datasets that mmseg and mmdet lack."""
+
+from mmstructkd.datasets.camvid import CamVidDataset
+
+__all__ = ['CamVidDataset']
