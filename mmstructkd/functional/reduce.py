@@ -1,0 +1,127 @@
+"""Means over what counts: the only place where denominators are decided.
+
+B images, H x W pixels. ``valid`` is boolean and True where a position counts.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mmstructkd.errors import ShapeError
+from mmstructkd.functional.resize import resize_labels, resize_mask
+
+__all__ = ['masked_mean', 'mean_of_sum', 'valid_pixels', 'zero_with_graph']
+
+
+def zero_with_graph(tensor: Tensor) -> Tensor:
+    """Return a scalar 0 that depends on ``tensor`` with gradient zero.
+
+    ``(tensor * 0).sum()`` would be NaN where the tensor holds an infinity.
+
+    Args:
+        tensor: at least one axis.
+
+    Returns:
+        Scalar zero in the tensor's dtype.
+
+    Example:
+        >>> x = torch.tensor([float('inf')], requires_grad=True)
+        >>> zero_with_graph(x).backward()
+        >>> x.grad
+        tensor([0.])
+    """
+    return tensor[:0].sum()
+
+
+def mean_of_sum(total: Tensor, count: Tensor | int) -> Tensor:
+    """Return ``total / count``, and ``total`` (an empty sum) where ``count`` is 0.
+
+    Args:
+        total: a sum, any shape.
+        count: how many terms were added, at least 0.
+
+    Returns:
+        The mean, in the dtype of ``total``.
+
+    Example:
+        >>> mean_of_sum(torch.tensor(6.0), 3).item()
+        2.0
+        >>> mean_of_sum(torch.tensor(0.0), 0).item()
+        0.0
+    """
+    if isinstance(count, Tensor):
+        return total / count.clamp(min=1).to(total.dtype)
+    return total / max(count, 1)
+
+
+def masked_mean(values: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Return the mean of ``values`` over the positions that count.
+
+    Values elsewhere may be anything, also not finite: they change neither the
+    value nor its gradient with respect to ``values``. (Operations *before*
+    ``values`` need finite inputs all the same: zero times NaN is NaN.)
+
+    Args:
+        values: any shape, floating point.
+        valid: bool, broadcastable to the shape of ``values``. ``None``: all.
+
+    Returns:
+        Scalar; 0 with a graph where nothing counts.
+
+    Example:
+        >>> masked_mean(torch.tensor([1.0, 3.0, float('nan')]), torch.tensor([True, True, False])).item()
+        2.0
+        >>> masked_mean(torch.ones(2), torch.zeros(2, dtype=torch.bool)).item()
+        0.0
+    """
+    if valid is None:
+        return mean_of_sum(values.sum(), values.numel())
+    valid = valid.expand_as(values)
+    return mean_of_sum(torch.where(valid, values, 0).sum(), valid.sum())
+
+
+def valid_pixels(
+    owner: str,
+    reference: Tensor,
+    *,
+    labels: Tensor | None = None,
+    ignore_index: int = 255,
+    valid: Tensor | None = None,
+) -> Tensor | None:
+    """Return which pixels of ``reference`` count, from labels and a mask.
+
+    Args:
+        owner: who asks, for messages.
+        reference: a map, shape (B, C, H, W).
+        labels: integer classes, shape (B, h, w), brought to H x W by nearest.
+        ignore_index: the label that does not count.
+        valid: bool, shape (B, h, w), brought to H x W by nearest.
+
+    Returns:
+        Bool, shape (B, H, W), on the map's device; ``None``: all count.
+
+    Raises:
+        ShapeError: ``labels`` or ``valid`` is no map of B images.
+
+    Example:
+        >>> valid_pixels('doc', torch.zeros(1, 3, 1, 2), labels=torch.tensor([[[0, 255]]]))
+        tensor([[[ True, False]]])
+    """
+    size = (reference.shape[-2], reference.shape[-1])
+    out = None
+    for name, given in (('labels', labels), ('valid', valid)):
+        if given is None:
+            continue
+        if given.dim() != 3 or given.shape[0] != reference.shape[0]:
+            raise ShapeError(
+                f'{owner}: `{name}` must have shape (B, H, W) with B = {reference.shape[0]}, '
+                f'got {tuple(given.shape)}. Drop a channel axis with squeeze(1).'
+            )
+        if name == 'labels':
+            mask = resize_labels(given, size) != ignore_index
+        else:
+            mask = resize_mask(given, size)
+        mask = mask.to(reference.device)
+        out = mask if out is None else out & mask
+    return out
