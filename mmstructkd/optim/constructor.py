@@ -1,0 +1,77 @@
+"""Builds the optim wrapper of a distiller: student as in plain training, critic apart."""
+
+from __future__ import annotations
+
+import copy
+
+from mmengine.model import is_model_wrapper
+from mmengine.optim import OptimWrapper
+from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS as MMENGINE_CONSTRUCTORS
+from mmengine.registry import OPTIMIZERS
+from torch import nn
+
+from mmstructkd.errors import ConfigError
+from mmstructkd.optim.composite import CompositeOptimizer
+from mmstructkd.registry import OPTIM_WRAPPER_CONSTRUCTORS
+
+__all__ = ['DistillOptimWrapperConstructor']
+
+
+@OPTIM_WRAPPER_CONSTRUCTORS.register_module()
+class DistillOptimWrapperConstructor:
+    """Gives each part of a distiller its optimiser settings, under one wrapper.
+
+    - the student: exactly what ``base_constructor`` makes of the plain model
+      (layer decay, ``paramwise_cfg``, names without a prefix);
+    - connectors and what else the terms train: one more group of that
+      optimiser, with its default settings;
+    - a part with settings of its own (``HolisticLoss(optimizer=...)``): an
+      optimiser of its own, stepped, scheduled and resumed with the rest.
+
+    The distiller installs this one by itself; a config need not name it.
+
+    Args:
+        optim_wrapper_cfg: the ``optim_wrapper`` of the config. Its key
+            ``base_constructor`` names the constructor of the student's part.
+        paramwise_cfg: handed to the base constructor.
+    """
+
+    def __init__(self, optim_wrapper_cfg: dict, paramwise_cfg: dict | None = None) -> None:
+        self.optim_wrapper_cfg = copy.deepcopy(optim_wrapper_cfg)
+        self.base_constructor = self.optim_wrapper_cfg.pop('base_constructor', 'DefaultOptimWrapperConstructor')
+        self.paramwise_cfg = paramwise_cfg
+
+    def __call__(self, model: nn.Module) -> OptimWrapper:
+        """Build the wrapper.
+
+        Args:
+            model: a distiller, wrapped for distribution or not.
+
+        Returns:
+            The optim wrapper over every trained parameter, each in it once.
+
+        Raises:
+            ConfigError: ``model`` is no distiller.
+        """
+        if is_model_wrapper(model):
+            model = model.module
+        if not hasattr(model, 'auxiliary_parameters'):
+            raise ConfigError(
+                f'DistillOptimWrapperConstructor: `model` must be a StructuredDistiller, got {type(model).__name__}. '
+                'Remove `constructor` from optim_wrapper for plain training.'
+            )
+        constructor = MMENGINE_CONSTRUCTORS.build(
+            {
+                'type': self.base_constructor,
+                'optim_wrapper_cfg': copy.deepcopy(self.optim_wrapper_cfg),
+                'paramwise_cfg': copy.deepcopy(self.paramwise_cfg),
+            }
+        )
+        wrapper = constructor(model.student)
+        shared, own = model.auxiliary_parameters()
+        if shared:
+            wrapper.optimizer.add_param_group({'params': shared})
+        if own:
+            parts = [OPTIMIZERS.build({**settings, 'params': params}) for settings, params in own]
+            wrapper.optimizer = CompositeOptimizer([wrapper.optimizer, *parts])
+        return wrapper

@@ -1,0 +1,107 @@
+"""Captures tapped tensors during one forward, and can end it at the deepest tap."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from types import TracebackType
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from mmstructkd.taps.tap import Tap
+
+__all__ = ['Capture', 'ForwardStopped']
+
+
+class ForwardStopped(BaseException):
+    """Ends a forward at its deepest tap.
+
+    Not an ``Exception``: code of the network that catches those must not
+    swallow it. :class:`Capture` does, when its block ends.
+    """
+
+
+class Capture:
+    """Context manager that records what passes the taps.
+
+    Hooks exist inside the block only; the records belong to the object and go
+    with it, so nothing keeps the graph of a step alive.
+
+    Args:
+        network: the network that is tapped.
+        taps: places to record.
+        calls: how often each tap is passed in one forward. Where given, the
+            forward ends as soon as every tap has been passed that often.
+        clone: taps whose tensor the network changes in place afterwards; a
+            copy is recorded.
+
+    Attributes:
+        records: for each tap the tensors in the order of the calls: one for
+            most modules, several for a head shared by levels.
+        stopped: whether the forward was ended early.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        taps: Iterable[Tap],
+        *,
+        calls: Mapping[Tap, int] | None = None,
+        clone: Iterable[Tap] = (),
+    ) -> None:
+        self.network = network
+        self.taps = tuple(dict.fromkeys(taps))
+        self.clone = frozenset(clone)
+        self.records: dict[Tap, list[Tensor]] = {tap: [] for tap in self.taps}
+        self.stopped = False
+        self._left = None if calls is None else sum(calls[tap] for tap in self.taps)
+        self._versions: list[tuple[Tap, Tensor, int]] = []
+        self._handles: list[RemovableHandle] = []
+
+    def __enter__(self) -> Capture:
+        modules = dict(self.network.named_modules())
+        for tap in self.taps:
+            module = modules[tap.module]
+            if tap.side == 'input':
+                handle = module.register_forward_pre_hook(self._input_hook(tap), with_kwargs=True)
+            else:
+                handle = module.register_forward_hook(self._output_hook(tap))
+            self._handles.append(handle)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self.stopped = kind is ForwardStopped
+        return self.stopped
+
+    def changed_in_place(self) -> set[Tap]:
+        """Taps whose recorded tensor was written to after it was recorded."""
+        return {tap for tap, tensor, version in self._versions if tensor._version != version}
+
+    def _output_hook(self, tap: Tap) -> Any:
+        def hook(module: nn.Module, args: tuple, output: Any) -> None:
+            self._record(tap, output)
+
+        return hook
+
+    def _input_hook(self, tap: Tap) -> Any:
+        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            self._record(tap, args[0] if args else next(iter(kwargs.values()), None))
+
+        return hook
+
+    def _record(self, tap: Tap, value: Any) -> None:
+        tensor = tap.pick(value)
+        if tap in self.clone:
+            tensor = tensor.clone()
+        self.records[tap].append(tensor)
+        self._versions.append((tap, tensor, tensor._version))
+        if self._left is not None:
+            self._left -= 1
+            if self._left == 0:
+                raise ForwardStopped
