@@ -1,0 +1,294 @@
+"""Every shipped config is read, checked against its name and its data, and built with its weights off."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from mmengine.config import Config
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import DefaultScope
+from mmengine.structures import PixelData
+from mmengine.utils import get_installed_path
+from mmseg.registry import DATASETS, MODELS, TRANSFORMS
+from mmseg.structures import SegDataSample
+from torch import nn
+
+from mmstructkd import compat
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = sorted(
+    path.relative_to(ROOT).as_posix() for path in (ROOT / 'configs').rglob('*.py') if '_base_' not in path.parts
+)
+METHODS = ('structkd', 'cwd')
+#: Folders whose file names follow `<networks>_<gpus>xb<batch>-<iterations>k_<dataset>-<crop>`.
+NAMED = [path for path in CONFIGS if path.split('/')[1] in (*METHODS, 'plain')]
+#: Formatting a dump takes seconds, so one of each way to name student and teacher stands for the rest.
+DUMPED = [path for path in NAMED if re.search(r'structkd_.*_(4xb2-40k_cityscapes|.*camvid)-\d+x\d+\.py$', path)]
+#: What every method ships: teacher_student and the dataset.
+PAIRS = {
+    ('pspnet-r101-d8_pspnet-r18-d8', 'cityscapes-512x1024'),
+    ('deeplabv3-r101-d8_deeplabv3-r18-d8', 'cityscapes-512x1024'),
+    ('deeplabv3-r101-d8_deeplabv3-mobilenet-v2-d8', 'cityscapes-512x1024'),
+    ('segformer-b4_segformer-b0', 'cityscapes-1024x1024'),
+    ('pspnet-r101-d8_pspnet-r18-d8', 'ade20k-512x512'),
+    ('pspnet-r101-d8_pspnet-r18-d8', 'voc12aug-512x512'),
+    ('pspnet-r101-d8_pspnet-r18-d8', 'camvid-360x480'),
+}
+NAME = re.compile(
+    r'(?P<networks>.+)_(?P<gpus>\d+)xb(?P<batch>\d+)-(?P<thousands>\d+)k_(?P<data>\w+)-(?P<h>\d+)x(?P<w>\d+)$'
+)
+DATA_TYPES = {
+    'cityscapes': 'CityscapesDataset',
+    'ade20k': 'ADE20KDataset',
+    'voc12aug': 'PascalVOCDataset',
+    'camvid': 'mmstructkd.CamVidDataset',
+}
+
+
+@pytest.fixture(scope='module', autouse=True)
+def _stack():
+    """Work-arounds in place, mmseg as the scope, and one thread: the models run on tiny maps."""
+    compat.install()
+    DefaultScope.get_instance('test_configs', scope_name='mmseg')
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@functools.cache
+def _read_once(path: str) -> Config:
+    return Config.fromfile(ROOT / path)
+
+
+def read(path: str) -> Config:
+    """Read a config by its path in the repository; the caller may change what it gets."""
+    return copy.deepcopy(_read_once(path))
+
+
+def network(cfg: Config) -> Any:
+    """Return the config of the network that is trained: the student, or the plain model."""
+    return cfg.model.student if is_distilled(cfg) else cfg.model
+
+
+def is_distilled(cfg: Config) -> bool:
+    """Tell whether a config distils."""
+    return cfg.model.type == 'mmstructkd.StructuredDistiller'
+
+
+def without_weights(model: Any) -> Any:
+    """Switch off, in place, every file that building or initialising ``model`` would load."""
+    if isinstance(model, dict):
+        if 'pretrained' in model:
+            model['pretrained'] = None
+        if isinstance(model.get('init_cfg'), dict) and model['init_cfg'].get('type') == 'Pretrained':
+            model['init_cfg'] = None
+        for value in model.values():
+            without_weights(value)
+    elif isinstance(model, (list, tuple)):
+        for value in model:
+            without_weights(value)
+    return model
+
+
+def build(cfg: Config) -> nn.Module:
+    """Build the model as Runner does, weights off."""
+    model = without_weights(cfg.model)
+    # Runner hands the preprocessor at the top of mmseg's configs to whatever model it builds.
+    if cfg.get('data_preprocessor') is not None:
+        model.setdefault('data_preprocessor', cfg.data_preprocessor)
+    if is_distilled(cfg):
+        model.teacher.update(checkpoint=None, allow_random=True)
+    return MODELS.build(model)
+
+
+def datasets(config: Any) -> list[Any]:
+    """Return the configs of the plain datasets within a dataset's config."""
+    if 'dataset' in config:
+        return datasets(config.dataset)
+    if 'datasets' in config:
+        return [plain for part in config.datasets for plain in datasets(part)]
+    return [config]
+
+
+def parts(path: str) -> dict[str, str]:
+    """Take the name of a config apart."""
+    match = NAME.match(Path(path).stem)
+    assert match, f'{path} is not named <networks>_<gpus>xb<batch>-<iterations>k_<dataset>-<crop>'
+    return match.groupdict()
+
+
+@pytest.mark.parametrize('method', METHODS)
+def test_every_pair_is_shipped(method):
+    there = set()
+    for path in NAMED:
+        if path.startswith(f'configs/{method}/{method}_'):
+            name = parts(path.replace(f'{method}_', '', 1))
+            there.add((name['networks'].removeprefix(f'{method}_'), f'{name["data"]}-{name["h"]}x{name["w"]}'))
+    assert there >= PAIRS
+
+
+@pytest.mark.parametrize('path', DUMPED)
+def test_survives_a_dump(path, tmp_path):
+    """The runner writes the config into the work directory; what it wrote must be the same config."""
+    cfg = read(path)
+    cfg.dump(tmp_path / 'dumped.py')
+    assert Config.fromfile(tmp_path / 'dumped.py')._cfg_dict.to_dict() == cfg._cfg_dict.to_dict()
+
+
+@pytest.mark.parametrize('path', CONFIGS)
+def test_has_what_a_run_needs(path):
+    cfg = read(path)
+    assert cfg.default_scope == 'mmseg'
+    assert cfg.optim_wrapper.optimizer.lr > 0
+    for loop in ('train', 'val', 'test'):
+        assert cfg[f'{loop}_dataloader'].dataset, loop
+        assert cfg[f'{loop}_cfg'], loop
+    assert cfg.val_evaluator
+    assert cfg.train_cfg.max_iters > 0
+    last = cfg.param_scheduler[-1]
+    assert last.end == cfg.train_cfg.max_iters, 'the learning rate must reach its end with the training'
+    assert cfg.default_hooks.checkpoint.interval <= cfg.train_cfg.max_iters
+
+
+@pytest.mark.parametrize('path', CONFIGS)
+def test_classes_are_those_of_the_data(path):
+    cfg = read(path)
+    model = network(cfg)
+    heads = [model.decode_head] + ([model.auxiliary_head] if model.get('auxiliary_head') else [])
+    for loop in ('train', 'val', 'test'):
+        for config in datasets(cfg[f'{loop}_dataloader'].dataset):
+            classes = config.get('metainfo', {}).get('classes') or DATASETS.get(config.type).METAINFO['classes']
+            assert [head.num_classes for head in heads] == [len(classes)] * len(heads), config.type
+
+
+@pytest.mark.parametrize('path', CONFIGS)
+def test_pipelines_build(path):
+    cfg = read(path)
+    for loop in ('train', 'val', 'test'):
+        for config in datasets(cfg[f'{loop}_dataloader'].dataset):
+            for transform in config.get('pipeline', ()):
+                TRANSFORMS.build(transform)
+
+
+@pytest.mark.parametrize('path', NAMED)
+def test_name_says_what_is_inside(path):
+    cfg, name = read(path), parts(path)
+    assert cfg.train_dataloader.batch_size == int(name['batch'])
+    assert cfg.train_cfg.max_iters == 1000 * int(name['thousands'])
+    assert network(cfg).data_preprocessor['size'] == (int(name['h']), int(name['w']))
+    for config in datasets(cfg.train_dataloader.dataset):
+        assert config.type == DATA_TYPES[name['data']]
+        crops = [step.crop_size for step in config.pipeline if step.type == 'RandomCrop']
+        assert [tuple(crop) for crop in crops] == [(int(name['h']), int(name['w']))]
+    if path.split('/')[1] in METHODS:
+        assert Path(path).stem.startswith(path.split('/')[1] + '_')
+
+
+@pytest.mark.parametrize('path', [path for path in NAMED if path.split('/')[1] in METHODS])
+def test_teacher_is_the_published_one(path):
+    """The URL is that of the metafile next to the teacher's config, up to the host that serves it."""
+    teacher = read(path).model.teacher
+    if not teacher.config.startswith('mmseg::'):
+        assert Path(teacher.config).is_file()
+        # where tools/train.py puts the last checkpoint of that config
+        steps = Config.fromfile(teacher.config).train_cfg.max_iters
+        assert teacher.checkpoint == f'work_dirs/{Path(teacher.config).stem}/iter_{steps}.pth'
+        return
+    folder, file = teacher.config.removeprefix('mmseg::').split('/')
+    metafile = Path(get_installed_path('mmseg'), '.mim', 'configs', folder, 'metafile.yaml')
+    models = yaml.safe_load(metafile.read_text(encoding='utf-8'))['Models']
+    weights = [model['Weights'] for model in models if model['Config'] == f'configs/{folder}/{file}']
+    assert [url.split('/mmsegmentation/')[1] for url in weights] == [teacher.checkpoint.split('/mmsegmentation/')[1]]
+
+
+@pytest.mark.parametrize('folder', [*METHODS, 'plain'])
+def test_metafile_lists_the_folder(folder):
+    """`mim search` knows each config, and nothing else."""
+    index = yaml.safe_load((ROOT / 'configs' / folder / 'metafile.yml').read_text(encoding='utf-8'))
+    collections = {collection['Name']: collection for collection in index['Collections']}
+    assert all((ROOT / collection['README']).is_file() for collection in collections.values())
+    assert sorted(model['Config'] for model in index['Models']) == [
+        path for path in CONFIGS if path.startswith(f'configs/{folder}/')
+    ]
+    for model in index['Models']:
+        name, meta = parts(model['Config']), model['Metadata']
+        assert model['Name'] == Path(model['Config']).stem
+        assert model['In Collection'] in collections
+        assert meta['Batch Size'] == int(name['gpus']) * int(name['batch'])
+        assert meta['Iterations'] == 1000 * int(name['thousands'])
+        assert meta['Crop'] == f'{name["h"]}x{name["w"]}'
+
+
+@pytest.mark.parametrize('folder', [*METHODS, 'plain'])
+def test_readme_links_every_config(folder):
+    text = (ROOT / 'configs' / folder / 'README.md').read_text(encoding='utf-8')
+    links = {link for link in re.findall(r'\]\(([^)]+)\)', text) if link.endswith('.py')}
+    assert sorted(f'configs/{folder}/{link}' for link in links) == [
+        path for path in CONFIGS if path.startswith(f'configs/{folder}/')
+    ]
+
+
+@pytest.mark.parametrize('path', CONFIGS)
+def test_builds(path):
+    """The probe resolves each term; each trained parameter is in the optimiser once, the teacher's never."""
+    cfg = read(path)
+    model = build(cfg)
+    wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
+    optimised = [id(p) for group in wrapper.optimizer.param_groups for p in group['params']]
+    assert len(optimised) == len(set(optimised))
+    trained = {id(p) for p in model.parameters() if p.requires_grad}
+    assert trained <= set(optimised)
+    if not is_distilled(cfg):
+        return
+    assert list(model.terms) == list(cfg.model.terms)
+    plain = MODELS.build(network(cfg))
+    assert list(model.student.state_dict()) == list(plain.state_dict())
+
+
+def batch(size: tuple[int, int], classes: int) -> dict[str, Any]:
+    """Two noisy images with noisy labels, a quarter of them ignored, as a data loader hands them out."""
+    generator = torch.Generator().manual_seed(0)
+    inputs, samples = [], []
+    for _ in range(2):
+        inputs.append(torch.randint(0, 256, (3, *size), generator=generator, dtype=torch.uint8))
+        labels = torch.randint(0, classes, (1, *size), generator=generator)
+        labels[:, : size[0] // 4] = 255
+        sample = SegDataSample(metainfo=dict(img_shape=size, ori_shape=size, pad_shape=size, padding_size=[0] * 4))
+        sample.gt_sem_seg = PixelData(data=labels)
+        samples.append(sample)
+    return dict(inputs=inputs, data_samples=samples)
+
+
+@pytest.mark.parametrize(
+    'path',
+    [
+        'configs/structkd/structkd_pspnet-r101-d8_pspnet-r18-d8_1xb8-20k_camvid-360x480.py',
+        'configs/cwd/cwd_segformer-b4_segformer-b0_8xb1-160k_cityscapes-1024x1024.py',
+    ],
+)
+def test_one_step(path):
+    """One optimiser step on a tiny batch: each term is finite and the student moves."""
+    cfg = read(path)
+    size = (64, 64)
+    network(cfg).data_preprocessor['size'] = size
+    if cfg.get('data_preprocessor') is not None:
+        cfg.data_preprocessor['size'] = size
+    torch.manual_seed(0)
+    model = build(cfg)
+    model.train()
+    # a schedule that starts at 0 would leave the parameters as they are
+    wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
+    before = {name: value.clone() for name, value in model.student.named_parameters()}
+    logs = model.train_step(batch(size, network(cfg).decode_head.num_classes), wrapper)
+    for name in cfg.model.terms:
+        assert torch.isfinite(logs[f'loss_kd_{name}']), name
+    moved = [name for name, value in model.student.named_parameters() if not torch.equal(before[name], value)]
+    assert 'decode_head.conv_seg.weight' in moved
