@@ -3,6 +3,7 @@ _base_ = [
     'mmseg::mobilenet_v2/mobilenet-v2-d8_deeplabv3_4xb2-80k_cityscapes-512x1024.py',
     '../_base_/distill/structkd.py'
 ]
+custom_imports = dict(imports=['mmstructkd'])
 teacher_checkpoint = 'https://mmassets.onedl.ai/mmsegmentation/v0.5/deeplabv3/deeplabv3_r101-d8_512x1024_80k_cityscapes/deeplabv3_r101-d8_512x1024_80k_cityscapes_20200606_113503-9e428899.pth'
 model = dict(
     _delete_=True,

@@ -1,7 +1,6 @@
 # The terms of Structured Knowledge Distillation for a head with `bottleneck` and `conv_seg`
 # (PSPNet, DeepLabV3). A config takes them as `terms=_base_.structkd_terms`; to change one number later:
 # --cfg-options model.terms.pairwise.loss.loss_weight=5
-custom_imports = dict(imports=['mmstructkd'])
 structkd_terms = dict(
     # PI: the classes of every pixel
     pixel=dict(tap='decode_head.conv_seg', loss=dict(type='mmstructkd.PixelwiseKLLoss', loss_weight=10.0)),
