@@ -1,0 +1,243 @@
+"""The critic of Structured Knowledge Distillation: a SAGAN discriminator.
+
+Shorthand: B maps of C channels and H x W positions; P the positions of a
+feature inside the critic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.utils.parametrizations import spectral_norm
+
+from mmstructkd.errors import ConfigError, ShapeError, check_ndim
+from mmstructkd.registry import MODELS
+
+__all__ = ['SAGANCritic', 'SpatialSelfAttention']
+
+# Four halvings leave 4 x 4 of 64, the kernel of the last convolution.
+_SMALLEST_SIDE = 64
+# What smaller maps are enlarged to: the published input, a 512 x 512 crop at stride 8.
+_PUBLISHED_SIDE = 65
+
+
+class SpatialSelfAttention(nn.Module):
+    r"""Every position takes values from all positions, added with a learnt scale.
+
+    .. math:: y = x + \gamma \, V \, \mathrm{softmax}(Q^\top K)^\top, \qquad \gamma = 0 \text{ at first}
+
+    Self-attention of SAGAN (arXiv:1805.08318) without its scaling of the
+    product, as in the code of Structured Knowledge Distillation. Query and key
+    have an eighth of the channels. Written out in plain products, as the fused
+    kernels have no second derivative, which the gradient penalty needs.
+
+    Args:
+        channels: channels of the feature.
+
+    Cost:
+        Memory :math:`O(B P^2)`; the critic keeps P small.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        inner = max(channels // 8, 1)
+        self.query = nn.Conv2d(channels, inner, 1)
+        self.key = nn.Conv2d(channels, inner, 1)
+        self.value = nn.Conv2d(channels, channels, 1)
+        self.gamma = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return a feature of the shape of ``x``, (B, D, h, w)."""
+        query = self.query(x).flatten(2).transpose(1, 2)
+        key = self.key(x).flatten(2)
+        attention = torch.softmax(query @ key, dim=-1)
+        mixed = self.value(x).flatten(2) @ attention.transpose(1, 2)
+        out: Tensor = x + self.gamma * mixed.reshape(x.shape)
+        return out
+
+
+class _InputBatchNorm(nn.Module):
+    """BatchNorm over the channels of the maps.
+
+    Not a subclass of torch's: ``sync_bn`` would turn that into SyncBatchNorm,
+    which has no second derivative, and the gradient penalty would fail.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, channels: int, momentum: float = 0.1, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.momentum = momentum
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        self.register_buffer('running_mean', torch.zeros(channels))
+        self.register_buffer('running_var', torch.ones(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.batch_norm(
+            x,
+            self.running_mean,
+            self.running_var,
+            self.weight,
+            self.bias,
+            training=self.training,
+            momentum=self.momentum,
+            eps=self.eps,
+        )
+
+
+@MODELS.register_module()
+class SAGANCritic(nn.Module):
+    """Scores whole maps: how much they look like the teacher's.
+
+    Optional BatchNorm over the channels of the map, four blocks of a
+    convolution (4 x 4, stride 2, spectral norm) and LeakyReLU 0.1, of 64, 128,
+    256 and 512 channels, self-attention after the third and the fourth, and a
+    convolution 4 x 4 to one channel. 65 x 65 -> 32 -> 16 -> 8 -> 4 -> 1.
+
+    Structured Knowledge Distillation (arXiv:1903.04197), the authors' master
+    branch; ``batch_norm=False, image_channels=3`` is their first one. Differs
+    from the authors' code: images shrink with anti-aliasing and without
+    ``align_corners``; spectral norm starts from 15 power iterations and stands
+    still in eval mode (both torch's); maps of any size are taken.
+
+    Maps whose shorter side is below 64 are enlarged so that it is 65 (bilinear,
+    the aspect is kept); maps whose longer side is above ``max_side`` are shrunk,
+    which bounds the memory of the attention, quadratic in the positions:
+    at ``max_side=256`` it sees at most 32 x 32 of them.
+
+    Args:
+        in_channels: channels C of the maps (classes; 1 for depth).
+        image_channels: channels of the image that is concatenated to the map;
+            0: not conditional.
+        base_channels: width of the first block; each next one doubles it.
+        batch_norm: normalise the map's channels first. In training the
+            statistics are those of the batch, teacher and student apart.
+        size: work at this size, a side or (h, w), each at least 64. ``None``:
+            at the map's own, within the bounds above.
+        max_side: the longest side that is taken as it is, at least 65.
+
+    Shape:
+        - maps: :math:`(B, C, H, W)`
+        - images: :math:`(B, C_{image}, H_i, W_i)`, any size; only if conditional
+        - output: :math:`(B, 1, h, w)`, no unit, unbounded; 1 x 1 for 65 x 65
+
+    Raises:
+        ConfigError: a number is out of range.
+        ShapeError: maps or images have other channels or axes.
+
+    Example:
+        >>> critic = SAGANCritic(in_channels=19, base_channels=8)
+        >>> critic(torch.zeros(2, 19, 65, 65)).shape
+        torch.Size([2, 1, 1, 1])
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        *,
+        image_channels: int = 0,
+        base_channels: int = 64,
+        batch_norm: bool = True,
+        size: int | Sequence[int] | None = None,
+        max_side: int = 256,
+    ) -> None:
+        super().__init__()
+        owner = type(self).__name__
+        _check_count(owner, 'in_channels', in_channels, 1)
+        _check_count(owner, 'image_channels', image_channels, 0)
+        _check_count(owner, 'base_channels', base_channels, 1)
+        _check_count(owner, 'max_side', max_side, _PUBLISHED_SIDE)
+        self.in_channels = in_channels
+        self.image_channels = image_channels
+        self.max_side = max_side
+        self.size = _as_size(owner, size)
+
+        widths = [base_channels * factor for factor in (1, 2, 4, 8)]
+        self.input_norm = _InputBatchNorm(in_channels) if batch_norm else nn.Identity()
+        self.block1 = self._make_block(in_channels + image_channels, widths[0])
+        self.block2 = self._make_block(widths[0], widths[1])
+        self.block3 = self._make_block(widths[1], widths[2])
+        self.attention3 = SpatialSelfAttention(widths[2])
+        self.block4 = self._make_block(widths[2], widths[3])
+        self.attention4 = SpatialSelfAttention(widths[3])
+        self.score = nn.Conv2d(widths[3], 1, 4)
+
+    @staticmethod
+    def _make_block(in_channels: int, out_channels: int) -> nn.Sequential:
+        conv = spectral_norm(nn.Conv2d(in_channels, out_channels, 4, stride=2, padding=1))
+        return nn.Sequential(conv, nn.LeakyReLU(0.1))
+
+    def working_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Return the size (h, w) at which maps of ``size`` are scored.
+
+        Example:
+            >>> SAGANCritic(in_channels=1, base_channels=8).working_size((45, 60))
+            (65, 87)
+        """
+        if self.size is not None:
+            return self.size
+        scale = 1.0
+        if min(size) < _SMALLEST_SIDE:
+            scale = _PUBLISHED_SIDE / min(size)
+        if max(size) * scale > self.max_side:
+            scale = self.max_side / max(size)
+        if scale == 1.0:
+            return size
+        # A map much longer than wide cannot keep its aspect between both bounds.
+        height, width = (min(max(round(side * scale), _PUBLISHED_SIDE), self.max_side) for side in size)
+        return height, width
+
+    def forward(self, maps: Tensor, images: Tensor | None = None) -> Tensor:
+        """Return the scores of ``maps``, shape (B, 1, h, w)."""
+        owner = type(self).__name__
+        check_ndim(owner, 'maps', maps, 4, '(B, C, H, W)')
+        if maps.shape[1] != self.in_channels:
+            raise ShapeError(f'{owner}: `maps` must have {self.in_channels} channels, got {tuple(maps.shape)}.')
+        size = self.working_size((maps.shape[2], maps.shape[3]))
+        features = self.input_norm(_resize(maps, size))
+        if self.image_channels:
+            if images is None or images.dim() != 4 or images.shape[1] != self.image_channels:
+                got = None if images is None else tuple(images.shape)
+                raise ShapeError(
+                    f'{owner}: `images` must have shape (B, {self.image_channels}, H, W), got {got}. '
+                    'Build the critic with image_channels=0 for one that does not see the image.'
+                )
+            features = torch.cat([_resize(images.to(features), size), features], dim=1)
+        features = self.block2(self.block1(features))
+        features = self.attention3(self.block3(features))
+        features = self.attention4(self.block4(features))
+        scores: Tensor = self.score(features)
+        return scores
+
+
+def _resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize bilinearly, averaging where it shrinks; the tensor itself where nothing changes."""
+    height, width = maps.shape[-2:]
+    if (height, width) == size:
+        return maps
+    shrinks = size[0] < height or size[1] < width
+    return functional.interpolate(maps, size=size, mode='bilinear', align_corners=False, antialias=shrinks)
+
+
+def _check_count(owner: str, argument: str, value: int, minimum: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise ConfigError(f'{owner}: `{argument}` must be an integer of at least {minimum}, got {value!r}.')
+
+
+def _as_size(owner: str, size: int | Sequence[int] | None) -> tuple[int, int] | None:
+    if size is None:
+        return None
+    sides = tuple(size) if isinstance(size, Sequence) else (size, size)
+    whole = all(isinstance(side, int) and not isinstance(side, bool) for side in sides)
+    if len(sides) != 2 or not whole or min(sides) < _SMALLEST_SIDE:
+        raise ConfigError(
+            f'{owner}: `size` must be a side or (h, w) of at least {_SMALLEST_SIDE} each, got {size!r}. '
+            'Four strided convolutions and a 4 x 4 kernel need as much.'
+        )
+    return sides[0], sides[1]
