@@ -1,0 +1,111 @@
+"""How a term's weight follows the training: a pure function of the progress."""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+from mmstructkd.errors import ConfigError, check_finite_number, check_one_of, suggest
+
+__all__ = ['WeightSchedule']
+
+KINDS = ('constant', 'linear', 'cosine', 'step', 'ramp_up')
+
+
+@dataclass(frozen=True)
+class WeightSchedule:
+    r"""Factor of a term's weight at a point of the training.
+
+    With progress :math:`r \in [0, 1]` from ``begin`` to ``end``:
+
+    - ``constant``: ``end_factor`` in ``[begin, end)``, 0 outside;
+    - ``linear``, ``cosine``: from ``start_factor`` to ``end_factor``, held
+      before and after;
+    - ``step``: ``end_factor`` times ``gamma`` for each milestone passed, 0
+      outside ``[begin, end)``;
+    - ``ramp_up``: :math:`e^{-5(1-r)^2}` times ``end_factor``, 0 before
+      ``begin``, held after ``end`` (the form of FRSKD's released code).
+
+    A factor of 0 switches the term off: it is not computed, and the teacher
+    does not run where no term is left.
+
+    Args:
+        type: one of the names above.
+        begin: first iteration or epoch of the window.
+        end: the one after its last; ``None``: the end of training.
+        start_factor: factor at ``begin`` (``linear``, ``cosine``).
+        end_factor: factor at ``end``.
+        milestones: for ``step``, increasing.
+        gamma: for ``step``.
+        by_epoch: count epochs instead of iterations.
+    """
+
+    type: str = 'constant'
+    begin: int = 0
+    end: int | None = None
+    start_factor: float = 0.0
+    end_factor: float = 1.0
+    milestones: Sequence[int] = ()
+    gamma: float = 0.1
+    by_epoch: bool = False
+
+    def __post_init__(self) -> None:
+        check_one_of('WeightSchedule', 'type', self.type, KINDS)
+        for name in ('begin', 'start_factor', 'end_factor', 'gamma'):
+            check_finite_number('WeightSchedule', name, getattr(self, name), minimum=0)
+        if self.end is not None and self.end <= self.begin:
+            raise ConfigError(f'WeightSchedule: `end` must lie after `begin`={self.begin}, got {self.end}.')
+        if list(self.milestones) != sorted(set(self.milestones)):
+            raise ConfigError(f'WeightSchedule: `milestones` must increase, got {list(self.milestones)}.')
+        if self.type == 'step' and not self.milestones:
+            raise ConfigError("WeightSchedule: `milestones` must not be empty for type='step', got ().")
+
+    @classmethod
+    def from_config(cls, config: dict | None, owner: str) -> WeightSchedule:
+        """Read ``schedule=dict(...)`` of a term.
+
+        Args:
+            config: the dict, or ``None`` for a constant weight.
+            owner: who asks, for the message.
+
+        Returns:
+            The schedule.
+
+        Raises:
+            ConfigError: an unknown key.
+        """
+        config = dict(config or {})
+        known = [f.name for f in fields(cls)]
+        for key in config:
+            if key not in known:
+                raise ConfigError(
+                    f'{owner}: `schedule` must have keys of WeightSchedule, got {key!r}. {suggest(key, known)}'
+                )
+        return cls(**config)
+
+    def factor(self, step: int, last: int) -> float:
+        """Return the factor.
+
+        Args:
+            step: iterations (or epochs) done so far.
+            last: number of iterations (or epochs) of the training.
+
+        Returns:
+            The factor, at least 0.
+        """
+        end = last if self.end is None else self.end
+        if self.type in ('constant', 'step'):
+            if step < self.begin or (self.end is not None and step >= end):
+                return 0.0
+            passed = bisect.bisect_right(list(self.milestones), step) if self.type == 'step' else 0
+            return self.end_factor * self.gamma**passed
+        if self.type == 'ramp_up' and step < self.begin:
+            return 0.0
+        progress = min(max((step - self.begin) / max(end - self.begin, 1), 0.0), 1.0)
+        if self.type == 'ramp_up':
+            return self.end_factor * math.exp(-5.0 * (1.0 - progress) ** 2)
+        if self.type == 'cosine':
+            progress = (1.0 - math.cos(math.pi * progress)) / 2.0
+        return self.start_factor + (self.end_factor - self.start_factor) * progress

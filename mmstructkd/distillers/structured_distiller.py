@@ -1,0 +1,319 @@
+"""The distiller: a student trained by its task and by terms between it and a teacher."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.config import ConfigDict
+from mmengine.model import BaseModel
+from mmengine.runner import Runner
+from torch import Tensor, nn
+
+from mmstructkd.distillers.loading import build_network
+from mmstructkd.distillers.targets import collect_targets, head_of
+from mmstructkd.distillers.teacher import TeacherSource
+from mmstructkd.distillers.term import parse_terms
+from mmstructkd.errors import CheckpointError, ConfigError
+from mmstructkd.registry import HOOKS, MODELS
+from mmstructkd.taps import Capture, tapped_forward
+
+__all__ = ['StructuredDistiller']
+
+PROBE_SIZE = (64, 128)
+STUDENT = 'student.'
+RUNNER_HOOKS = ('TermScheduleHook', 'StudentCheckpointHook', 'FiniteLossHook')
+
+
+@contextlib.contextmanager
+def random_state_kept() -> Iterator[None]:
+    """Leave the global random streams as they were: the student draws what it draws alone."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        yield
+    random.setstate(python)
+    np.random.set_state(numpy)
+
+
+@contextlib.contextmanager
+def in_eval(network: nn.Module) -> Iterator[None]:
+    """Run a network in eval for a while, each module back in its own mode afterwards."""
+    modes = [(module, module.training) for module in network.modules()]
+    network.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@MODELS.register_module()
+class StructuredDistiller(BaseModel):
+    """Trains a student of mmseg or mmdet with the help of a teacher.
+
+    In training: the teacher's tapped tensors, then the student's own task
+    losses (tapped on the way), then one loss per term, all summed and
+    differentiated once. Everything else is the student, untouched:
+    ``mode='predict'`` and ``mode='tensor'`` delegate, and ``state_dict()`` has
+    the student's keys, without a prefix, and nothing but these.
+
+    Both networks are probed once at construction with an input of 64x128
+    zeros, in eval: taps are resolved, connectors sized, losses tried. The global
+    random streams are left as a plain student would leave them.
+
+    Args:
+        student: config of the student, or the built model.
+        teacher: arguments of a :class:`FrozenTeacher` (``config``,
+            ``checkpoint``, ...), or of another source by its ``type``.
+        terms: dict of terms by name, see :class:`Term`.
+        data_preprocessor: used by a student that has none of its own.
+
+    Raises:
+        ConfigError: a value cannot be used (terms, losses, teacher's classes).
+        TapError: a tap names nothing or is not reached; the message has the
+            nearest names.
+        ShapeError: a loss cannot take the tapped shapes.
+        CheckpointError: the teacher's checkpoint does not fit.
+    """
+
+    def __init__(
+        self,
+        student: dict | nn.Module,
+        teacher: dict | TeacherSource,
+        terms: dict,
+        data_preprocessor: dict | nn.Module | None = None,
+    ) -> None:
+        if isinstance(student, dict):
+            student = ConfigDict(student) if not isinstance(student, ConfigDict) else student.copy()
+            if data_preprocessor is not None:
+                student.setdefault('data_preprocessor', data_preprocessor)
+            student = MODELS.build(student)
+        elif not isinstance(student, BaseModel):
+            raise ConfigError(
+                f'StructuredDistiller: `student` must be a config or an mmengine model, got {type(student).__name__}. '
+                'Write student=_base_.model.'
+            )
+        super().__init__(data_preprocessor=student.data_preprocessor)
+        self.student = student
+        with random_state_kept():
+            self.terms = parse_terms(terms)
+            self._check_student_taps()
+            self._teacher = self._build_teacher(teacher)
+            self._teacher.attach(self.student)
+            self._probe()
+        self.register_state_dict_post_hook(_keep_student_only)
+
+    @staticmethod
+    def _build_teacher(teacher: Any) -> TeacherSource:
+        """Build the source of the teacher's tensors."""
+        if isinstance(teacher, TeacherSource):
+            return teacher
+        if not isinstance(teacher, dict):
+            raise ConfigError(
+                f'StructuredDistiller: `teacher` must be a dict, got {teacher!r}. '
+                "Write teacher=dict(config='mmseg::...', checkpoint='...')."
+            )
+        try:
+            return MODELS.build({'type': 'mmstructkd.FrozenTeacher', **teacher})
+        except TypeError as err:
+            raise ConfigError(f'StructuredDistiller: `teacher` cannot be built. {err}') from err
+
+    def _check_student_taps(self) -> None:
+        """Resolve the student's taps before anything expensive is done."""
+        for term in self.terms.values():
+            for tap in term.student_taps:
+                tap.resolve(self.student, f'term {term.name!r}: `student`')
+
+    def _probe(self) -> None:
+        """Run both networks once and let each term build what depends on sizes."""
+        teacher_network = getattr(self._teacher, 'network', None)
+        if teacher_network is not None:
+            for term in self.terms.values():
+                for tap in term.teacher_taps:
+                    tap.resolve(teacher_network, f'term {term.name!r}: `teacher`')
+        inputs = torch.zeros(1, 3, *PROBE_SIZE)
+        student_taps = [tap for term in self.terms.values() for tap in term.student_taps]
+        teacher_taps = [tap for term in self.terms.values() for tap in term.teacher_taps]
+        with in_eval(self.student), torch.no_grad():
+            capture = tapped_forward(self.student, inputs, None, student_taps)
+        self._clone = capture.changed_in_place()
+        observed = self._teacher.probe(inputs, None, teacher_taps)
+        classes = (_num_classes(self.student), _num_classes(teacher_network))
+        for term in self.terms.values():
+            term.bind(capture.records, observed.records, classes)
+
+    @property
+    def teacher(self) -> TeacherSource:
+        """Source of the teacher's tensors. No submodule: the distiller does not own it."""
+        return self._teacher
+
+    def __getattr__(self, name: str) -> Any:
+        """Answer for the student where the distiller has no such attribute.
+
+        Hooks of mmseg and mmdet reach for parts of the model (``bbox_head``,
+        ``decode_head``, ``dataset_meta``).
+        """
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == 'student' or name.startswith('__'):
+                raise
+            return getattr(super().__getattr__('student'), name)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StructuredDistiller:
+        """Move the teacher along with ``.to()``, ``.cuda()`` and the like."""
+        super()._apply(fn, recurse)
+        self._teacher.move(fn)
+        return self
+
+    def init_weights(self) -> None:
+        """Initialise the student as in plain training; the rest is initialised when built."""
+        self.student.init_weights()
+        self._is_init = True
+
+    def forward(
+        self, inputs: Tensor, data_samples: Sequence[Any] | None = None, mode: str = 'tensor'
+    ) -> dict[str, Tensor] | Any:
+        """Train (``mode='loss'``), or be the student.
+
+        Args:
+            inputs: preprocessed images, shape (B, 3, H, W).
+            data_samples: one per image.
+            mode: ``'loss'``, ``'predict'`` or ``'tensor'``.
+
+        Returns:
+            For ``'loss'`` the student's losses and, per term,
+            ``loss_kd_<term>``; else what the student returns.
+        """
+        if mode != 'loss':
+            return self.student(inputs, data_samples, mode=mode)
+        active = [term for term in self.terms.values() if term.active]
+        teacher_records = {}
+        if active:
+            taps = [tap for term in active for tap in term.teacher_taps]
+            teacher_records = self._teacher.observe(inputs, data_samples, taps)
+        student_taps = [tap for term in active for tap in term.student_taps]
+        with Capture(self.student, student_taps, clone=self._clone) as capture:
+            losses = self.student(inputs, data_samples, mode='loss')
+        targets = collect_targets(self.student, inputs, data_samples) if active else None
+        for term in self.terms.values():
+            scored = term(capture.records, teacher_records, targets)
+            clash = sorted(set(scored) & set(losses))
+            if clash:
+                raise ConfigError(
+                    f'term {term.name!r}: its log keys must not be keys of the student, got {clash}. Rename the term.'
+                )
+            losses.update(scored)
+        return losses
+
+    def auxiliary_parameters(self) -> tuple[list[nn.Parameter], list[tuple[dict, list[nn.Parameter]]]]:
+        """Parameters that only training needs.
+
+        Returns:
+            Those that go with the student's optimiser settings, and a list of
+            (optimiser config, parameters) for those with settings of their own.
+        """
+        own, taken = [], set()
+        for term in self.terms.values():
+            for loss in term.losses:
+                params = [p for p in loss.parameters() if p.requires_grad]
+                if loss.own_optimizer is not None and params:
+                    own.append((loss.own_optimizer, params))
+                    taken.update(params)
+        shared = [p for p in self.terms.parameters() if p.requires_grad and p not in taken]
+        return shared, own
+
+    def training_state(self) -> dict[str, Any]:
+        """What only training needs, for a checkpoint: connectors, critics, and who the teacher is."""
+        return {'terms': self.terms.state_dict(), 'teacher': self._teacher.provenance()}
+
+    def load_training_state(self, state: dict[str, Any]) -> None:
+        """Restore :meth:`training_state`.
+
+        Args:
+            state: from a checkpoint of the same distiller.
+
+        Raises:
+            CheckpointError: the terms or the teacher are others.
+        """
+        try:
+            self.terms.load_state_dict(state['terms'])
+        except RuntimeError as err:
+            raise CheckpointError(
+                f'StructuredDistiller: the resumed checkpoint must hold the terms of the config, got others. {err} '
+                'Start anew from its student with load_from=.'
+            ) from err
+        saved, now = state['teacher'].get('sha256'), self._teacher.provenance().get('sha256')
+        if saved != now:
+            raise CheckpointError(
+                f'StructuredDistiller: the teacher must be the one the checkpoint was trained with (sha256 {saved}), '
+                f'got {now}. Give that file, or start anew from the student with load_from=.'
+            )
+
+    def prepare_runner(self, runner: Runner) -> None:
+        """Ask the runner for what the promises need; called when its hooks are registered.
+
+        Args:
+            runner: the runner that was just given this model.
+
+        Raises:
+            ConfigError: ``compile`` is set.
+        """
+        if runner.cfg.get('compile'):
+            raise ConfigError(
+                f'StructuredDistiller: `compile` must be off, got {runner.cfg.compile!r}. Taps are forward hooks that '
+                'are set anew each step and end the teacher early, which torch.compile of train_step cannot trace.'
+            )
+        present = {type(hook).__name__ for hook in runner.hooks}
+        for name in RUNNER_HOOKS:
+            if name not in present:
+                runner.register_hook(HOOKS.build({'type': f'mmstructkd.{name}'}))
+        settings = runner.optim_wrapper
+        constructor = 'mmstructkd.DistillOptimWrapperConstructor'
+        if isinstance(settings, dict) and settings.get('constructor') != constructor and 'optimizer' in settings:
+            base = settings.get('constructor', 'DefaultOptimWrapperConstructor')
+            runner.optim_wrapper = {**settings, 'constructor': constructor, 'base_constructor': base}
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Tensor],
+        prefix: str,
+        local_metadata: dict,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Take the keys of a plain student; the terms keep what they have."""
+        own = [key for key in state_dict if key.startswith(prefix)]
+        for key in own:
+            state_dict[prefix + STUDENT + key[len(prefix) :]] = state_dict.pop(key)
+        for key, value in self.terms.state_dict(prefix=f'{prefix}terms.').items():
+            state_dict[key] = value
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+
+def _keep_student_only(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, local_metadata: dict) -> None:
+    """Reduce the distiller's ``state_dict`` to the student's, under the student's own keys."""
+    inner = prefix + STUDENT
+    entries = [(key, state_dict.pop(key)) for key in list(state_dict) if key.startswith(prefix)]
+    for key, value in entries:
+        if key.startswith(inner):
+            state_dict[prefix + key[len(inner) :]] = value
+    metadata = getattr(state_dict, '_metadata', None)
+    if metadata is not None:
+        for key in [k for k in metadata if k.startswith(prefix) and k != prefix[:-1]]:
+            value = metadata.pop(key)
+            if key.startswith(inner):
+                metadata[prefix + key[len(inner) :]] = value
+
+
+def _num_classes(network: nn.Module | None) -> int | None:
+    """Number of classes of a network's head, where it has one."""
+    return None if network is None else getattr(head_of(network), 'num_classes', None)

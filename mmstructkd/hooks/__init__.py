@@ -1,0 +1,7 @@
+"""Hooks that every distilled run gets by itself."""
+
+from mmstructkd.hooks.finite_loss import FiniteLossHook
+from mmstructkd.hooks.student_checkpoint import StudentCheckpointHook
+from mmstructkd.hooks.term_schedule import TermScheduleHook
+
+__all__ = ['FiniteLossHook', 'StudentCheckpointHook', 'TermScheduleHook']
