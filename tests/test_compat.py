@@ -1,0 +1,637 @@
+"""Each work-around of compat.py: what it is for, and that it can be undone by nothing but the mm packages."""
+
+from __future__ import annotations
+
+import collections
+import functools
+import http.server
+import io
+import os
+import pickle
+import socket
+import stat
+import subprocess
+import sys
+import threading
+import types
+import uuid
+import zipfile
+from pathlib import Path
+
+import mmengine.runner
+import mmengine.runner.checkpoint
+import mmengine.runner.runner
+import numpy as np
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.config.utils import MODULE2PACKAGE
+from mmengine.fileio import LocalBackend, register_backend
+from mmengine.fileio.backends import BaseStorageBackend
+from mmengine.fileio.backends.registry_utils import backends
+from mmengine.hooks import CheckpointHook
+from mmengine.logging import HistoryBuffer
+from mmengine.model import BaseModel
+from mmengine.registry import MODEL_WRAPPERS
+from mmengine.runner import Runner
+from torch import nn
+from torch.utils.data import Dataset
+
+from mmstructkd import compat
+from mmstructkd.errors import CheckpointError, ConfigError
+
+ROOT = Path(__file__).resolve().parents[1]
+compat.install()
+
+
+class Toy(BaseModel):
+    """One linear layer; its loss is its mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 1)
+
+    def forward(self, x, mode='loss'):
+        return {'loss': self.layer(torch.stack(list(x))).mean()}
+
+
+class Ones(Dataset):
+    """Four times the same sample."""
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> dict:
+        return {'x': torch.ones(2)}
+
+
+def toy_runner(work_dir, model=None, iters=2, **kwargs) -> Runner:
+    kwargs.setdefault('default_hooks', {'checkpoint': {'type': 'CheckpointHook', 'interval': 1, 'by_epoch': False}})
+    return Runner(
+        model or Toy(),
+        work_dir=str(work_dir),
+        train_dataloader={
+            'dataset': Ones(),
+            'sampler': {'type': 'InfiniteSampler'},
+            'batch_size': 2,
+            'num_workers': 0,
+        },
+        optim_wrapper={'optimizer': {'type': 'AdamW', 'lr': 0.1}},
+        param_scheduler={'type': 'LinearLR', 'by_epoch': False, 'end': 4},
+        train_cfg={'by_epoch': False, 'max_iters': iters},
+        log_level='ERROR',
+        experiment_name=uuid.uuid4().hex,  # the default is the second, and two may fall into one
+        **kwargs,
+    )
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory) -> Path:
+    """A folder with the checkpoints that mmengine itself writes, EMA included."""
+    folder = tmp_path_factory.mktemp('trained')
+    toy_runner(folder, custom_hooks=[{'type': 'EMAHook'}]).train()
+    return folder
+
+
+def malicious(marker: Path, path: Path, function=os.system) -> Path:
+    """Write a checkpoint that creates ``marker`` when it is unpickled."""
+
+    class Attack:
+        def __reduce__(self):
+            return function, (f'touch {marker}',)
+
+    torch.save({'state_dict': {'w': torch.zeros(1)}, 'meta': Attack()}, path)
+    return path
+
+
+def test_install_twice_changes_nothing_more():
+    def state():
+        return (
+            mmengine.runner.runner.save_checkpoint,
+            mmengine.runner.save_checkpoint,
+            Runner.register_hooks,
+            CheckpointHook._save_checkpoint_with_step,
+            CheckpointHook._save_best_checkpoint,
+            dict(MODULE2PACKAGE),
+        )
+
+    before = state()
+    compat.install()
+    assert state() == before
+
+
+# --- mmseg:: -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ('installed', 'expected'),
+    [
+        ({'onedl-mmsegmentation'}, 'mmseg'),
+        ({'mmsegmentation'}, 'mmsegmentation'),
+        ({'mmsegmentation', 'onedl-mmsegmentation'}, 'mmsegmentation'),
+        (set(), 'mmsegmentation'),
+    ],
+)
+def test_mmseg_is_mapped_only_where_the_onedl_line_gives_it(monkeypatch, installed, expected):
+    monkeypatch.setitem(MODULE2PACKAGE, 'mmseg', 'mmsegmentation')
+    monkeypatch.setattr(compat, '_has_distribution', lambda name: name in installed)
+    compat.map_mmseg_configs()
+    assert MODULE2PACKAGE['mmseg'] == expected
+
+
+def test_mmseg_bases_resolve_on_this_line(tmp_path):
+    file = tmp_path / 'config.py'
+    file.write_text("_base_ = ['mmseg::_base_/models/fcn_unet_s5-d16.py']\n")
+    assert Config.fromfile(file).model.type == 'EncoderDecoder'
+
+
+# --- reading -------------------------------------------------------------------------------------------------
+
+
+def test_checkpoint_of_mmengine_reads_without_running_code(trained):
+    path = trained / 'iter_2.pth'
+    content = compat.read_checkpoint(path)
+    plain = torch.load(path, weights_only=False)
+    assert content.keys() == plain.keys() >= {'meta', 'state_dict', 'message_hub', 'optimizer', 'ema_state_dict'}
+    buffer = content['message_hub']['log_scalars']['train/loss']
+    assert isinstance(buffer, HistoryBuffer)
+    np.testing.assert_array_equal(buffer.data[0], plain['message_hub']['log_scalars']['train/loss'].data[0])
+    assert buffer.statistics('mean') == buffer.data[0].mean()
+
+
+def test_resume_never_loads_unsafely(trained, tmp_path, monkeypatch):
+    modes = []
+    load = torch.load
+
+    @functools.wraps(load)
+    def watched(*args, **kwargs):
+        modes.append(kwargs.get('weights_only'))
+        return load(*args, **kwargs)
+
+    monkeypatch.setattr(torch, 'load', watched)
+    runner = toy_runner(tmp_path, iters=3, load_from=str(trained / 'iter_2.pth'), resume=True)
+    runner.train()
+    assert runner.iter == 3
+    assert modes
+    assert False not in modes  # None is torch's own default, which is True from 2.6 on
+
+
+def test_mmengine_no_longer_allows_getattr(tmp_path):
+    assert all(getattr is not (entry[0] if isinstance(entry, tuple) else entry) for entry in compat.plain_types())
+    if hasattr(mmengine.runner.checkpoint, 'get_torch_safe_globals'):
+        assert getattr not in mmengine.runner.checkpoint.get_torch_safe_globals()
+
+
+@pytest.mark.parametrize(
+    'value',
+    [np.float64(1.5), np.int64(3), np.bool_(True), np.arange(3), np.arange(3, dtype='uint8'), np.zeros(2, 'float16')],
+)
+def test_plain_numpy_values_are_read(tmp_path, value):
+    torch.save({'meta': value}, tmp_path / 'a.pth')
+    read = compat.read_checkpoint(tmp_path / 'a.pth')['meta']
+    assert type(read) is type(value)
+    np.testing.assert_array_equal(read, value)
+
+
+def test_files_of_the_other_numpy_are_read(tmp_path):
+    torch.save({'meta': np.arange(3), 'scalar': np.float64(2)}, tmp_path / 'a.pth')
+    names = (b'numpy._core.', b'numpy.core.')
+    old, new = names if int(np.__version__.split('.')[0]) >= 2 else names[::-1]
+    with zipfile.ZipFile(tmp_path / 'a.pth') as source, zipfile.ZipFile(tmp_path / 'b.pth', 'w') as target:
+        for name in source.namelist():
+            content = source.read(name)
+            if name.endswith('data.pkl'):
+                assert old in content
+                content = content.replace(old, new)
+            target.writestr(name, content)
+    read = compat.read_checkpoint(tmp_path / 'b.pth')
+    assert read['meta'].tolist() == [0, 1, 2]
+    assert read['scalar'] == 2
+
+
+@pytest.mark.parametrize(
+    ('function', 'named'), [(os.system, 'system'), (eval, 'eval'), (subprocess.check_call, 'check')]
+)
+def test_file_that_would_run_code_is_refused_by_name(tmp_path, function, named):
+    path = malicious(tmp_path / 'marker', tmp_path / 'bad.pth', function)
+    with pytest.raises(CheckpointError, match=rf'bad\.pth.*needs .*{named}.*trust_checkpoint=True'):
+        compat.read_checkpoint(path)
+    assert not (tmp_path / 'marker').exists()
+
+
+def test_file_of_an_old_torch_that_would_run_code_is_refused(tmp_path):
+    class Attack:
+        def __reduce__(self):
+            return os.system, (f'touch {tmp_path / "marker"}',)
+
+    torch.save({'meta': Attack()}, tmp_path / 'bad.pth', _use_new_zipfile_serialization=False)
+    with pytest.raises(CheckpointError, match='system'):
+        compat.read_checkpoint(tmp_path / 'bad.pth')
+    assert not (tmp_path / 'marker').exists()
+
+
+def test_getattr_reaches_nothing_but_the_statistics(tmp_path):
+    class Attack:
+        def __reduce__(self):
+            return getattr, (np.ndarray, 'tofile')
+
+    torch.save({'meta': Attack()}, tmp_path / 'bad.pth')
+    with pytest.raises(CheckpointError, match='getattr'):
+        compat.read_checkpoint(tmp_path / 'bad.pth')
+    with pytest.raises(pickle.UnpicklingError):
+        compat.history_method(HistoryBuffer, '__init__')
+    with pytest.raises(pickle.UnpicklingError):
+        compat.history_method(np.ndarray, 'min')
+    assert compat.history_method(HistoryBuffer, 'min') is HistoryBuffer.min
+
+
+def test_trust_reads_what_is_refused_otherwise(tmp_path):
+    torch.save({'meta': types.SimpleNamespace(a=1)}, tmp_path / 'a.pth')
+    with pytest.raises(CheckpointError, match='SimpleNamespace'):
+        compat.read_checkpoint(tmp_path / 'a.pth')
+    assert compat.read_checkpoint(tmp_path / 'a.pth', trust=True)['meta'].a == 1
+
+
+def whole(path: Path) -> bytes:
+    buffer = io.BytesIO()
+    torch.save({'state_dict': {'w': torch.arange(1000.0)}}, buffer)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ('content', 'message'),
+    [
+        (b'', 'empty file'),
+        (b'version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n', 'git lfs pull'),
+        (b'<!DOCTYPE html><html>not found</html>', 'web page'),
+        (b'lr: 0.1\n', "begins with b'lr: 0.1"),
+        (b'PK\x03\x04' + bytes(100), 'truncated or damaged'),
+        (b'\x80\x02', 'cannot be read'),
+        (b'\x80\x02garbage', 'cannot be read'),
+    ],
+)
+@pytest.mark.parametrize('trust', [False, True])
+def test_what_is_no_checkpoint_is_named(tmp_path, content, message, trust):
+    (tmp_path / 'a.pth').write_bytes(content)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        compat.read_checkpoint(tmp_path / 'a.pth', trust=trust)
+    assert str(tmp_path / 'a.pth') in str(caught.value)
+
+
+@pytest.mark.parametrize('legacy', [False, True])
+@pytest.mark.parametrize('part', [0.1, 0.5, 0.99])
+def test_truncated_checkpoint_is_an_error(tmp_path, part, legacy):
+    buffer = io.BytesIO()
+    torch.save({'w': torch.arange(1000.0)}, buffer, _use_new_zipfile_serialization=not legacy)
+    (tmp_path / 'a.pth').write_bytes(buffer.getvalue()[: int(len(buffer.getvalue()) * part)])
+    with pytest.raises(CheckpointError, match='cannot be read'):
+        compat.read_checkpoint(tmp_path / 'a.pth')
+
+
+def test_old_format_is_read(tmp_path):
+    torch.save({'w': torch.ones(2)}, tmp_path / 'a.pth', _use_new_zipfile_serialization=False)
+    assert compat.read_checkpoint(tmp_path / 'a.pth')['w'].tolist() == [1, 1]
+
+
+def test_other_content_than_a_dict_is_an_error(tmp_path):
+    torch.save([torch.ones(1)], tmp_path / 'a.pth')
+    with pytest.raises(CheckpointError, match='must hold a dict of weights, got list'):
+        compat.read_checkpoint(tmp_path / 'a.pth')
+    torch.save(collections.OrderedDict(w=torch.ones(1)), tmp_path / 'a.pth')
+    assert list(compat.read_checkpoint(tmp_path / 'a.pth')) == ['w']
+
+
+def test_missing_file_names_what_is_near(tmp_path):
+    torch.save({}, tmp_path / 'teacher_r101.pth')
+    with pytest.raises(CheckpointError, match=r"must be a file that exists.*Did you mean 'teacher_r101\.pth'"):
+        compat.read_checkpoint(tmp_path / 'teacher_r10.pth')
+    with pytest.raises(CheckpointError, match='must be a file that exists'):
+        compat.read_checkpoint(tmp_path / 'no' / 'such.pth')
+    with pytest.raises(CheckpointError, match='got the folder'):
+        compat.read_checkpoint(tmp_path)
+    with pytest.raises(CheckpointError, match=r"got 's3://bucket/a\.pth'"):
+        compat.read_checkpoint('s3://bucket/a.pth')
+
+
+# --- downloading ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch) -> Path:
+    """An empty download folder."""
+    monkeypatch.setenv('MMENGINE_HOME', str(tmp_path / 'mmengine'))
+    monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path / 'hub'))
+    return tmp_path / 'hub' / 'checkpoints'
+
+
+@pytest.fixture
+def server(tmp_path):
+    """Serve a folder over HTTP; yields the folder and its address."""
+    folder = tmp_path / 'served'
+    folder.mkdir()
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
+    handler.log_message = lambda *args: None
+    with http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler) as running:
+        thread = threading.Thread(target=running.serve_forever, daemon=True)
+        thread.start()
+        yield folder, f'http://127.0.0.1:{running.server_port}'
+        running.shutdown()
+
+
+def test_address_is_downloaded_once(hub, server):
+    folder, address = server
+    for name, value in (('a', 1.0), ('b', 2.0)):
+        (folder / name).mkdir()
+        torch.save({'w': torch.tensor(value)}, folder / name / 'latest.pth')
+    # The same file name at two addresses stays two files.
+    assert compat.read_checkpoint(f'{address}/a/latest.pth')['w'] == 1
+    assert compat.read_checkpoint(f'{address}/b/latest.pth')['w'] == 2
+    (folder / 'a' / 'latest.pth').unlink()
+    assert compat.read_checkpoint(f'{address}/a/latest.pth')['w'] == 1
+    assert len(list(hub.iterdir())) == 2  # no leftovers
+
+
+def test_name_with_a_hash_shares_the_cache_of_mmengine(hub):
+    hub.mkdir(parents=True)
+    torch.save({'w': torch.ones(1)}, hub / 'pspnet-c57ef796.pth')
+    # Nothing listens there: it must come from the cache.
+    assert compat.local_checkpoint('http://127.0.0.1:9/zoo/pspnet-c57ef796.pth') == str(hub / 'pspnet-c57ef796.pth')
+
+
+def test_failed_download_is_an_error_and_leaves_nothing(hub, server):
+    _, address = server
+    with pytest.raises(CheckpointError, match=r'none\.pth.*404.*Download it elsewhere'):
+        compat.read_checkpoint(f'{address}/none.pth')
+    assert list(hub.iterdir()) == []
+
+
+def test_downloaded_file_is_read_as_carefully(hub, server, tmp_path):
+    folder, address = server
+    malicious(tmp_path / 'marker', folder / 'bad.pth')
+    with pytest.raises(CheckpointError, match='system'):
+        compat.read_checkpoint(f'{address}/bad.pth')
+    assert not (tmp_path / 'marker').exists()
+
+
+def test_names_of_the_zoo_come_from_the_tables_of_mmengine(hub, server, tmp_path, monkeypatch):
+    folder, address = server
+    torch.save({'w': torch.tensor(7.0)}, folder / 'resnet.pth')
+    # The user's own table lies in the home of mmengine and may name addresses and files beside it.
+    home = tmp_path / 'mmengine'
+    home.mkdir()
+    torch.save({'w': torch.tensor(8.0)}, home / 'mine.pth')
+    (home / 'open_mmlab.json').write_text(f'{{"theirs": "{address}/resnet.pth", "mine": "mine.pth"}}')
+    assert compat.read_checkpoint('open-mmlab://theirs')['w'] == 7
+    assert compat.read_checkpoint('open-mmlab://mine')['w'] == 8
+    with pytest.raises(CheckpointError, match=r"must name a model.*'open-mmlab://resnet50_v1d'.*Did you mean"):
+        compat.read_checkpoint('open-mmlab://resnet50_v1d')
+    monkeypatch.setattr(compat, '_torchvision_models', lambda: {'resnet18': f'{address}/resnet.pth'})
+    assert compat.read_checkpoint('torchvision://resnet18')['w'] == 7
+
+
+def test_names_of_torchvision_are_known_without_torchvision():
+    assert compat._torchvision_models()['resnet50'].startswith('https://')
+
+
+# --- writing -------------------------------------------------------------------------------------------------
+
+
+class Stop(RuntimeError):
+    """What the tests break a save with."""
+
+
+@pytest.fixture
+def breaks_while_writing(monkeypatch):
+    """Let the local backend write half and then die, once the fixture is called."""
+
+    def arm():
+        def put(self, obj, filepath):
+            Path(filepath).write_bytes(obj[: len(obj) // 2])
+            raise Stop
+
+        monkeypatch.setattr(LocalBackend, 'put', put)
+
+    return arm
+
+
+def test_crash_while_writing_leaves_the_old_checkpoint_whole(tmp_path, breaks_while_writing):
+    runner = toy_runner(tmp_path)
+    runner.train()
+    before = (tmp_path / 'iter_2.pth').read_bytes()
+    files = sorted(tmp_path.iterdir())
+    breaks_while_writing()
+    with pytest.raises(Stop):
+        runner.save_checkpoint(str(tmp_path), 'iter_2.pth', by_epoch=False)
+    assert (tmp_path / 'iter_2.pth').read_bytes() == before
+    assert sorted(tmp_path.iterdir()) == files
+
+
+def test_process_killed_while_writing_leaves_the_old_checkpoint_whole(tmp_path):
+    code = f"""
+import os, torch
+from pathlib import Path
+from mmengine.fileio import LocalBackend
+from mmengine.runner import save_checkpoint
+import mmengine.runner.runner
+from mmstructkd import compat
+compat.install()
+path = {str(tmp_path / 'a.pth')!r}
+mmengine.runner.runner.save_checkpoint({{'w': torch.ones(3)}}, path)
+def put(self, obj, filepath):
+    Path(filepath).write_bytes(obj[:100])
+    os._exit(9)
+LocalBackend.put = put
+mmengine.runner.runner.save_checkpoint({{'w': torch.zeros(3)}}, path)
+"""
+    done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 9, done.stderr
+    assert compat.read_checkpoint(tmp_path / 'a.pth')['w'].tolist() == [1, 1, 1]
+
+
+def test_saved_file_has_the_rights_of_any_file_and_follows_links(tmp_path):
+    save = mmengine.runner.runner.save_checkpoint
+    save({'w': torch.ones(1)}, str(tmp_path / 'sub' / 'a.pth'))
+    usual = tmp_path / 'usual'
+    usual.touch()
+    assert stat.S_IMODE((tmp_path / 'sub' / 'a.pth').stat().st_mode) == stat.S_IMODE(usual.stat().st_mode)
+    (tmp_path / 'link.pth').symlink_to(tmp_path / 'sub' / 'a.pth')
+    save({'w': torch.zeros(1)}, str(tmp_path / 'link.pth'))
+    assert (tmp_path / 'link.pth').is_symlink()
+    assert compat.read_checkpoint(tmp_path / 'sub' / 'a.pth')['w'] == 0
+
+
+def test_other_back_ends_are_left_alone():
+    put = []
+
+    class Cloud(BaseStorageBackend):
+        def get(self, filepath): ...
+
+        def get_text(self, filepath): ...
+
+        def put(self, obj, filepath):
+            put.append(filepath)
+
+    register_backend('cloud_of_the_test', Cloud)
+    try:
+        mmengine.runner.runner.save_checkpoint(
+            {'w': torch.ones(1)}, 'folder/a.pth', backend_args={'backend': 'cloud_of_the_test'}
+        )
+    finally:
+        backends.pop('cloud_of_the_test')
+    assert put == ['folder/a.pth']
+
+
+def test_old_checkpoints_go_only_after_the_new_one_is_there(tmp_path, breaks_while_writing):
+    hook = {'type': 'CheckpointHook', 'interval': 1, 'by_epoch': False, 'max_keep_ckpts': 1}
+    runner = toy_runner(tmp_path, default_hooks={'checkpoint': hook})
+    runner.train()
+    assert [p.name for p in tmp_path.glob('*.pth')] == ['iter_2.pth']
+    hook = next(h for h in runner.hooks if isinstance(h, CheckpointHook))
+    breaks_while_writing()
+    with pytest.raises(Stop):
+        hook._save_checkpoint_with_step(runner, 3, meta={})
+    assert [p.name for p in tmp_path.glob('*.pth')] == ['iter_2.pth']
+    assert isinstance(hook.file_backend, LocalBackend)
+
+
+def test_best_checkpoint_stays_until_a_better_one_is_there(tmp_path, breaks_while_writing):
+    hook = {'type': 'CheckpointHook', 'interval': -1, 'by_epoch': False, 'save_best': 'score', 'rule': 'greater'}
+    runner = toy_runner(tmp_path, default_hooks={'checkpoint': hook})
+    runner.train()
+    hook = next(h for h in runner.hooks if isinstance(h, CheckpointHook))
+    runner.train_loop._iter = 1
+    hook._save_best_checkpoint(runner, {'score': 0.1})
+    runner.train_loop._iter = 2
+    hook._save_best_checkpoint(runner, {'score': 0.2})
+    assert [p.name for p in tmp_path.glob('best_*')] == ['best_score_iter_2.pth']
+    # The same name once more is replaced, not removed.
+    hook._save_best_checkpoint(runner, {'score': 0.3})
+    assert [p.name for p in tmp_path.glob('best_*')] == ['best_score_iter_2.pth']
+    runner.train_loop._iter = 3
+    breaks_while_writing()
+    with pytest.raises(Stop):
+        hook._save_best_checkpoint(runner, {'score': 0.4})
+    assert [p.name for p in tmp_path.glob('best_*')] == ['best_score_iter_2.pth']
+
+
+# --- running -------------------------------------------------------------------------------------------------
+
+
+class Asking(Toy):
+    """A model that wants to know its runner."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Runner, int]] = []
+
+    def prepare_runner(self, runner: Runner) -> None:
+        self.calls.append((runner, len(runner.hooks)))
+
+
+def test_model_prepares_its_runner_once_after_the_hooks_are_there(tmp_path):
+    model = Asking()
+    runner = toy_runner(tmp_path, model)
+    assert [call[0] for call in model.calls] == [runner]
+    assert model.calls[0][1] == len(runner.hooks) > 3
+    runner.register_hooks({}, [])
+    assert len(model.calls) == 1
+    second = toy_runner(tmp_path, model)
+    assert [call[0] for call in model.calls] == [runner, second]
+
+
+def test_model_inside_a_wrapper_prepares_its_runner(tmp_path):
+    @MODEL_WRAPPERS.register_module()
+    class WrapperOfTheTest(nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+    try:
+        wrapper = WrapperOfTheTest(Asking())
+        runner = toy_runner(tmp_path, wrapper)
+        assert wrapper.module.calls[0][0] is runner
+    finally:
+        MODEL_WRAPPERS.module_dict.pop('WrapperOfTheTest')
+
+
+def test_one_process_needs_no_preparation():
+    cfg = Config({})
+    compat.prepare_cpu_distributed(cfg, 'none')
+    assert dict(cfg) == {}
+    assert not torch.distributed.is_initialized()
+
+
+def test_processes_with_a_gpu_are_left_to_mmengine(monkeypatch):
+    monkeypatch.setattr(compat, 'get_device', lambda: 'cuda')
+    cfg = Config({})
+    compat.prepare_cpu_distributed(cfg, 'pytorch')
+    assert dict(cfg) == {}
+
+
+@pytest.fixture
+def one_of_one(monkeypatch):
+    """The environment of a group of one process on the CPU."""
+    monkeypatch.setattr(compat, 'get_device', lambda: 'cpu')
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    group = {'RANK': 0, 'LOCAL_RANK': 0, 'WORLD_SIZE': 1, 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': port}
+    for name, value in group.items():
+        monkeypatch.setenv(name, str(value))
+
+
+def test_cpu_processes_keep_the_settings_of_mmengine(one_of_one):
+    cfg = Config({'find_unused_parameters': True})
+    compat.prepare_cpu_distributed(cfg, 'pytorch')
+    assert torch.distributed.get_backend() == 'gloo'
+    assert cfg.model_wrapper_cfg == {
+        'type': 'MMDistributedDataParallel',
+        'broadcast_buffers': False,
+        'find_unused_parameters': True,
+        'device_ids': None,
+    }
+    compat.prepare_cpu_distributed(cfg, 'pytorch')  # again is harmless
+    own = Config({'model_wrapper_cfg': {'type': 'MMDistributedDataParallel', 'static_graph': True}})
+    compat.prepare_cpu_distributed(own, 'pytorch')
+    assert own.model_wrapper_cfg == {
+        'type': 'MMDistributedDataParallel',
+        'static_graph': True,
+        'device_ids': None,
+    }
+
+
+def test_cpu_processes_need_torchrun(monkeypatch, one_of_one):
+    with pytest.raises(ConfigError, match=r"`launcher` must be 'pytorch'.*got 'slurm'"):
+        compat.prepare_cpu_distributed(Config({}), 'slurm')
+    monkeypatch.delenv('RANK')
+    with pytest.raises(ConfigError, match=r'RANK in the environment.*torchrun'):
+        compat.prepare_cpu_distributed(Config({}), 'pytorch')
+
+
+def test_two_processes_train_through_runner(tmp_path):
+    script = tmp_path / 'two.py'
+    script.write_text(
+        f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import torch
+from mmengine.config import Config
+from mmstructkd import compat
+from tests.test_compat import Toy, toy_runner
+cfg = Config({{}})
+compat.prepare_cpu_distributed(cfg, 'pytorch')
+runner = toy_runner({str(tmp_path / 'work')!r}, launcher='pytorch', cfg=cfg)
+runner.train()
+weights = [torch.zeros(1, 2) for _ in range(2)]
+torch.distributed.all_gather(weights, runner.model.module.layer.weight.data)
+assert torch.equal(*weights)
+assert type(runner.model).__name__ == 'MMDistributedDataParallel'
+torch.distributed.destroy_process_group()
+print('both agree')
+"""
+    )
+    env = {**os.environ, 'CUDA_VISIBLE_DEVICES': '', 'OMP_NUM_THREADS': '1'}
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', str(script)]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count('both agree') == 2

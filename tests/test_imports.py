@@ -1,0 +1,166 @@
+"""What imports what: the core needs torch alone, and the arrows between the layers go one way."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / 'mmstructkd'
+MM = ('mmengine', 'mmcv', 'mmseg', 'mmdet')
+
+#: Layer -> the layers of the package that it may import. What is not named here is a mistake to be decided on.
+MAY_IMPORT = {
+    '__init__': set(),
+    'errors': set(),
+    'structures': set(),
+    'functional': {'errors', 'structures'},
+    'registry': set(),
+    'compat': {'errors'},
+    'connectors': {'functional'},
+    'critics': {'functional'},
+    'taps': {'functional'},
+    'models': {'functional'},
+    'datasets': set(),
+    'losses': {'functional', 'connectors', 'critics', 'taps'},
+    'optim': {'functional', 'compat'},
+    'distillers': {'functional', 'losses', 'connectors', 'critics', 'taps', 'optim', 'compat'},
+    'hooks': {'functional', 'losses', 'connectors', 'critics', 'taps', 'optim', 'compat', 'distillers'},
+    'visualization': {
+        'functional',
+        'losses',
+        'connectors',
+        'critics',
+        'taps',
+        'compat',
+        'distillers',
+        'hooks',
+        'datasets',
+    },
+}
+#: Every layer may use these; they import nothing of the package but each other.
+GROUND = {'errors', 'structures', 'registry'}
+
+#: Imports inside functions, each with its reason.
+LOCAL_IMPORTS: dict[tuple[str, str], str] = {}
+
+MODULES = sorted(PACKAGE.rglob('*.py'))
+IDS = [path.relative_to(PACKAGE).as_posix() for path in MODULES]
+
+
+def layer_of(path: Path) -> str:
+    """Name the layer a file belongs to: its first folder, or its own name at the top."""
+    parts = path.relative_to(PACKAGE).with_suffix('').parts
+    return parts[0]
+
+
+def imported_modules(tree: ast.AST, path: Path) -> set[str]:
+    """List the modules that a syntax tree imports, relative imports resolved, type checks apart."""
+    typing_only = {
+        node
+        for test in ast.walk(tree)
+        if isinstance(test, ast.If) and 'TYPE_CHECKING' in ast.dump(test.test)
+        for part in test.body
+        for node in ast.walk(part)
+    }
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if node in typing_only:
+            continue
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ''
+            if node.level:
+                above = path.relative_to(ROOT).parts[: -node.level]
+                base = '.'.join((*above, base)).rstrip('.')
+            found.add(base)
+            # `from mmstructkd import losses` imports a layer by its name.
+            found.update(f'{base}.{alias.name}' for alias in node.names if base == 'mmstructkd')
+    return found
+
+
+def fresh(code: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, '-W', 'error', '-c', code], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+
+
+def test_functional_imports_without_mm_packages_and_without_warnings():
+    done = fresh(
+        'import sys; from mmstructkd import functional as F; F.pixelwise_kl_loss\n'
+        f'found = sorted(m for m in {MM!r} if m in sys.modules)\n'
+        'assert not found, found'
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_package_imports_without_torch():
+    done = fresh("import sys, mmstructkd; assert 'torch' not in sys.modules and mmstructkd.__version__")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize('path', MODULES, ids=IDS)
+def test_arrows_between_layers_go_one_way(path):
+    layer = layer_of(path)
+    if layer == 'testing':
+        return
+    assert layer in MAY_IMPORT, f'{layer} is a new layer: decide in this file what it may import'
+    allowed = MAY_IMPORT[layer] | {layer}
+    # `errors` and `structures` are below everything, the functional core included; it knows no registry.
+    allowed |= GROUND if layer not in ('errors', 'structures', 'registry', 'functional', '__init__') else set()
+    used = {
+        name.split('.')[1]
+        for name in imported_modules(ast.parse(path.read_text(encoding='utf-8')), path)
+        if name.startswith('mmstructkd.')
+    }
+    names = {p.stem if p.is_file() else p.name for p in PACKAGE.iterdir()}
+    assert used & names <= allowed, f'{layer} must not import {sorted((used & names) - allowed)}'
+
+
+@pytest.mark.parametrize('path', [p for p in MODULES if layer_of(p) in ('functional', 'errors', 'structures')])
+def test_core_names_no_mm_package(path):
+    used = {name.split('.')[0] for name in imported_modules(ast.parse(path.read_text(encoding='utf-8')), path)}
+    assert not used & set(MM)
+
+
+@pytest.mark.parametrize('path', MODULES, ids=IDS)
+def test_no_import_inside_a_function_without_a_reason(path):
+    tree = ast.parse(path.read_text(encoding='utf-8'))
+    for function in ast.walk(tree):
+        if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            inner = [n for n in ast.walk(function) if isinstance(n, (ast.Import, ast.ImportFrom))]
+            key = (path.relative_to(PACKAGE).as_posix(), function.name)
+            assert not inner or key in LOCAL_IMPORTS, f'{key}: import at the top, or give the reason in LOCAL_IMPORTS'
+
+
+def test_reasons_for_local_imports_are_still_needed():
+    for (file, name), reason in LOCAL_IMPORTS.items():
+        tree = ast.parse((PACKAGE / file).read_text(encoding='utf-8'))
+        functions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and n.name == name]
+        assert functions, f'{file} has no {name} any more'
+        assert any(isinstance(n, (ast.Import, ast.ImportFrom)) for f in functions for n in ast.walk(f))
+        assert reason
+
+
+def test_nothing_imports_testing():
+    for path in MODULES:
+        if layer_of(path) != 'testing':
+            used = imported_modules(ast.parse(path.read_text(encoding='utf-8')), path)
+            assert not any(name.startswith('mmstructkd.testing') for name in used), path
+
+
+def test_the_checks_themselves_see_imports(tmp_path):
+    file = PACKAGE / 'functional' / 'x.py'
+    tree = ast.parse('from . import y\nfrom ..losses import base\nimport mmengine.config\nfrom mmstructkd import hooks')
+    assert imported_modules(tree, file) == {
+        'mmstructkd.functional',
+        'mmstructkd.losses',
+        'mmengine.config',
+        'mmstructkd',
+        'mmstructkd.hooks',
+    }
