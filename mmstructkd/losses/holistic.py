@@ -247,9 +247,17 @@ class HolisticLoss(DistillLoss):
         self.channels = channels
         self.stream.copy_(torch.tensor([seed, 0]))
 
-    @full_precision
     def compute(self, student: Tensor, teacher: Tensor, targets: Targets) -> dict[str, Tensor]:
         """Return the student's part (key ``''``) and the critic's weighted objective (``'critic'``)."""
+        if torch.compiler.is_compiling():
+            # Compiled code has no second derivative. Asked here and not written as a decorator,
+            # since `disable` imports the whole compiler.
+            outside: dict[str, Tensor] = torch.compiler.disable(self._compute)(student, teacher, targets)
+            return outside
+        return self._compute(student, teacher, targets)
+
+    @full_precision
+    def _compute(self, student: Tensor, teacher: Tensor, targets: Targets) -> dict[str, Tensor]:
         owner = type(self).__name__
         critic = self.critic
         if critic is None:

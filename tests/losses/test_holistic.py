@@ -340,6 +340,64 @@ def test_processes_share_the_weights_of_their_joint_batch(monkeypatch):
         assert torch.equal(make().interpolation_weights(3), want[rank::2])
 
 
+class _Pair(nn.Module):
+    """A student and its loss in one module, for DDP."""
+
+    def __init__(self):
+        super().__init__()
+        self.loss = make(critic={'batch_norm': False}, loss_weight=0.1)
+        torch.manual_seed(0)
+        self.student = nn.Conv2d(3, CLASSES, 3)
+
+    def forward(self, image, teacher):
+        return sum(self.loss(self.student(image), teacher).values())
+
+
+def _train(model, rank=0, world_size=1):
+    generator = torch.Generator().manual_seed(5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    for _ in range(2):
+        image, teacher = torch.randn(2, 4, 3, 8, 8, generator=generator).unbind()
+        optimizer.zero_grad()
+        model(image[rank::world_size], teacher[rank::world_size, :, 1:-1, 1:-1]).backward()
+        optimizer.step()
+
+
+def _run_process(rank, init, out):
+    torch.distributed.init_process_group('gloo', init_method=init, rank=rank, world_size=2)
+    model = _Pair()
+    _train(nn.parallel.DistributedDataParallel(model), rank, 2)
+    if rank == 0:
+        torch.save(model.state_dict(), out)
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one_with_their_joint_batch(tmp_path):
+    out = tmp_path / 'state.pt'
+    torch.multiprocessing.spawn(_run_process, args=(f'file://{tmp_path}/rendezvous', str(out)), nprocs=2)
+    alone = _Pair()
+    start = copy.deepcopy(alone.state_dict())
+    _train(alone)
+    want = alone.state_dict()
+    assert not torch.allclose(want['student.weight'], start['student.weight'], atol=1e-4)
+    torch.testing.assert_close(torch.load(out, weights_only=True), want, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_compiled_is_the_same():
+    loss, student, teacher = make(), *maps()
+    other = copy.deepcopy(loss)
+    compiled = torch.compile(other, backend='aot_eager')
+    for _ in range(2):
+        want, got = loss(student, teacher), compiled(student, teacher)
+        assert want == got
+        torch.testing.assert_close(
+            torch.autograd.grad(sum(got.values()), [student, *other.parameters()]),
+            torch.autograd.grad(sum(want.values()), [student, *loss.parameters()]),
+        )
+
+
 def test_works_without_gradients():
     student, teacher = maps()
     want = make()(student, teacher)
