@@ -1,5 +1,23 @@
-"""Datasets that mmseg and mmdet lack."""
+"""Datasets that mmseg and mmdet lack: embedded scenes for all three tasks, and CamVid.
 
-from mmstructkd.datasets.camvid import CamVidDataset
+Each half is there if the package it builds on is: without mmdet there is no
+``SceneDetDataset``, without mmseg only that.
+"""
 
-__all__ = ['CamVidDataset']
+from importlib.util import find_spec
+
+from mmstructkd.datasets.scenes import Scene, render_scene
+from mmstructkd.datasets.transforms import LoadScene, LoadSceneAnnotations
+
+__all__ = ['LoadScene', 'LoadSceneAnnotations', 'Scene', 'render_scene']
+
+if find_spec('mmseg') is not None:
+    from mmstructkd.datasets.camvid import CamVidDataset
+    from mmstructkd.datasets.scene_seg import SceneDepthDataset, SceneSegDataset
+
+    __all__ += ['CamVidDataset', 'SceneDepthDataset', 'SceneSegDataset']
+
+if find_spec('mmdet') is not None:
+    from mmstructkd.datasets.scene_det import SceneDetDataset
+
+    __all__ += ['SceneDetDataset']
