@@ -1,0 +1,160 @@
+r"""Divergences between the distributions that two maps stand for.
+
+Shape shorthand: B images, C classes or channels, H x W the grid, N = H W.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mmstructkd.errors import check_ndim, check_positive, check_same
+from mmstructkd.functional.precision import full_precision
+from mmstructkd.functional.reduce import masked_mean, valid_pixels
+
+__all__ = ['channelwise_kl_loss', 'pixelwise_kl_loss']
+
+_WAY_OUT = 'Resize the teacher with resize_map, or put a connector in front of the student.'
+
+# Logits near the end of the range make a log-probability of minus infinity, and the term of a class
+# that the teacher gives probability 0 would then be 0 * inf = NaN.
+_LOWEST = -1e30
+
+
+def _kl(log_s: Tensor, log_t: Tensor, dim: int) -> Tensor:
+    """KL(t || s) along ``dim`` from log-probabilities; the teacher carries no graph."""
+    log_t = log_t.clamp(min=_LOWEST)
+    return (log_t.exp() * (log_t - log_s.clamp(min=_LOWEST))).sum(dim)
+
+
+@full_precision
+def pixelwise_kl_loss(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    temperature: float = 1.0,
+    labels: Tensor | None = None,
+    ignore_index: int = 255,
+    valid: Tensor | None = None,
+) -> Tensor:
+    r"""Divergence of the student's class probabilities from the teacher's, pixel by pixel.
+
+    .. math::
+        L = \frac{T^2}{|V|} \sum_{i \in V} \mathrm{KL}(p^t_i \| p^s_i),
+        \quad p_i = \mathrm{softmax}_C(z_i / T)
+
+    Knowledge distillation (arXiv:1503.02531) and the pixel-wise term of
+    Structured Knowledge Distillation (arXiv:1903.04197), whose paper prints the
+    arguments the other way round; its code, the soft cross-entropy, has the
+    gradient of the form here. That code sums over the batch: its gradient is B
+    times this one at ``temperature=1``.
+
+    The gradient reaches ``student`` only. The value does not change when a
+    constant is added to all logits of a pixel.
+
+    Args:
+        student: logits, shape (B, C, H, W), any float dtype.
+        teacher: logits, same shape. Detached here.
+        temperature: T, above 0. The factor T squared keeps the gradient's scale.
+        labels: integer classes, shape (B, h, w), brought to H x W by nearest;
+            only compared with ``ignore_index``.
+        ignore_index: pixels with this label do not count.
+        valid: pixels that count, bool, shape (B, h, w), likewise. ``None``: all.
+
+    Returns:
+        Scalar in nats, at least float32: the mean over the pixels V that count,
+        0 with a graph if there is none. Time and memory O(B C N).
+
+    Raises:
+        ShapeError: an input is not 4-D, the shapes differ, or ``labels`` or
+            ``valid`` is not a map of B images.
+        ConfigError: ``temperature`` is not above 0.
+
+    Example:
+        >>> z = torch.tensor([0.0, 2.0]).view(1, 2, 1, 1)
+        >>> pixelwise_kl_loss(z + 3, z).item() < 1e-6
+        True
+        >>> round(pixelwise_kl_loss(0 * z, z).item(), 4)
+        0.3278
+    """
+    owner = 'pixelwise_kl_loss'
+    check_positive(owner, 'temperature', temperature)
+    check_ndim(owner, 'student', student, 4, '(B, C, H, W)')
+    check_ndim(owner, 'teacher', teacher, 4, '(B, C, H, W)')
+    check_same(owner, student, teacher, (0, 1, 2, 3), 'B, C, H and W', _WAY_OUT)
+    counts = valid_pixels(owner, student, labels=labels, ignore_index=ignore_index, valid=valid)
+    teacher = teacher.detach()
+    if counts is not None:
+        # Before the softmax, so that whatever stands at an ignored pixel, NaN included, goes nowhere.
+        student = torch.where(counts[:, None], student, 0)
+        teacher = torch.where(counts[:, None], teacher, 0)
+    log_s = torch.log_softmax(student / temperature, dim=1)
+    log_t = torch.log_softmax(teacher / temperature, dim=1)
+    return temperature**2 * masked_mean(_kl(log_s, log_t, dim=1), counts)
+
+
+@full_precision
+def channelwise_kl_loss(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    temperature: float = 4.0,
+    valid: Tensor | None = None,
+) -> Tensor:
+    r"""Divergence of where each channel is active in the student from where in the teacher.
+
+    .. math::
+        L = \frac{T^2}{B C} \sum_{b,c} \mathrm{KL}(q^t_{bc} \| q^s_{bc}),
+        \quad q_{bc} = \mathrm{softmax}_N(z_{bc} / T)
+
+    Channel-wise Knowledge Distillation (arXiv:2011.13256). Differs from the
+    authors' code: ``log_softmax`` instead of the logarithm of a softmax, which
+    is minus infinity on peaked maps, and positions can be left out.
+
+    The gradient reaches ``student`` only. The value does not change when a
+    constant is added to a channel. It is a sum over positions: it grows with N.
+
+    Args:
+        student: logits or features, shape (B, C, H, W), any float dtype.
+        teacher: same shape. Detached here.
+        temperature: T, above 0.
+        valid: positions that count, bool, shape (B, h, w), brought to H x W by
+            nearest: both distributions live on these alone. ``None``: all.
+
+    Returns:
+        Scalar in nats, at least float32: the mean over the channels of images
+        with a position that counts, 0 with a graph if there is none. Time and
+        memory O(B C N).
+
+    Raises:
+        ShapeError: an input is not 4-D, the shapes differ, or ``valid`` is not
+            a map of B images.
+        ConfigError: ``temperature`` is not above 0.
+
+    Example:
+        >>> z = torch.tensor([0.0, 2.0]).view(1, 1, 1, 2)
+        >>> channelwise_kl_loss(z + 3, z).item() < 1e-6
+        True
+        >>> round(channelwise_kl_loss(0 * z, z, temperature=1).item(), 4)
+        0.3278
+    """
+    owner = 'channelwise_kl_loss'
+    check_positive(owner, 'temperature', temperature)
+    check_ndim(owner, 'student', student, 4, '(B, C, H, W)')
+    check_ndim(owner, 'teacher', teacher, 4, '(B, C, H, W)')
+    check_same(owner, student, teacher, (0, 1, 2, 3), 'B, C, H and W', _WAY_OUT)
+    counts = valid_pixels(owner, student, valid=valid)
+    scaled_s = student.flatten(2) / temperature
+    scaled_t = teacher.detach().flatten(2) / temperature
+    some = None
+    if counts is not None:
+        counts = counts.flatten(1)[:, None]
+        # The lowest finite number, not minus infinity: an image without any position that counts must
+        # stay free of NaN, also in its gradient. It does not count below.
+        lowest = torch.finfo(scaled_s.dtype).min
+        scaled_s = torch.where(counts, scaled_s, lowest)
+        scaled_t = torch.where(counts, scaled_t, torch.finfo(scaled_t.dtype).min)
+        some = counts.any(dim=-1)
+    log_s = torch.log_softmax(scaled_s, dim=-1)
+    log_t = torch.log_softmax(scaled_t, dim=-1)
+    return temperature**2 * masked_mean(_kl(log_s, log_t, dim=-1), some)
