@@ -1,4 +1,4 @@
-# The teacher of the CamVid study: PSPNet-R18 at stride 8, from scratch.
+# The teacher of the CamVid study: PSPNet-R18 at stride 8, half the width, from scratch.
 _base_ = [
     '../_base_/datasets/camvid_180x240.py',
     '../_base_/default_runtime.py',
@@ -19,6 +19,8 @@ model = dict(
     backbone=dict(
         type='ResNetV1c',
         depth=18,
+        base_channels=32,
+        stem_channels=32,
         num_stages=4,
         out_indices=(0, 1, 2, 3),
         dilations=(1, 1, 2, 4),
@@ -29,7 +31,7 @@ model = dict(
         contract_dilation=True),
     decode_head=dict(
         type='PSPHead',
-        in_channels=512,
+        in_channels=256,
         in_index=3,
         channels=128,
         pool_scales=(1, 2, 3, 6),
@@ -40,8 +42,8 @@ model = dict(
         loss_decode=dict(type='CrossEntropyLoss', use_sigmoid=False, loss_weight=1.0)),
     train_cfg=dict(),
     test_cfg=dict(mode='whole'))
-train_cfg = dict(max_iters=1600)
+train_cfg = dict(max_iters=2400)
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.1, begin=0, end=50, by_epoch=False),
-    dict(type='PolyLR', eta_min=0.0, power=0.9, begin=50, end=1600, by_epoch=False),
+    dict(type='PolyLR', eta_min=0.0, power=0.9, begin=50, end=2400, by_epoch=False),
 ]
