@@ -46,7 +46,8 @@ class SceneSegDataset(BaseSegDataset):
         **kwargs: Any,
     ) -> None:
         self.source = SceneSource(type(self).__name__, split, num_scenes, seed, size, cache)
-        super().__init__(**kwargs)
+        # the list is short; serialising it would cost a full garbage collection
+        super().__init__(**dict(dict(serialize_data=False), **kwargs))
 
     def load_data_list(self) -> list[dict]:
         """List the scenes; none is rendered yet."""

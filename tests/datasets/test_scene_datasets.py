@@ -11,12 +11,14 @@ import pytest
 import torch
 from mmdet.registry import DATASETS as DET_DATASETS
 from mmdet.registry import METRICS as DET_METRICS
+from mmdet.registry import MODELS as DET_MODELS
 from mmengine.config import Config
 from mmengine.dataset import Compose
 from mmengine.registry import DefaultScope
 from mmengine.runner import Runner
 from mmseg.registry import DATASETS as SEG_DATASETS
 from mmseg.registry import METRICS as SEG_METRICS
+from mmseg.registry import MODELS as SEG_MODELS
 
 from mmstructkd.datasets import LoadScene, LoadSceneAnnotations, render_scene
 from mmstructkd.datasets.scene_source import SPLIT_SIZE
@@ -147,6 +149,32 @@ def test_training_loader_with_workers(scope: str, name: str) -> None:
     # twelve samples of six scenes, flipped or not: more than one scene, and each was seen
     names = {sample.img_path for batch in seen for sample in batch['data_samples']}
     assert names == {f'scene_0_{index:07d}.png' for index in range(6)}
+
+
+@pytest.mark.parametrize(
+    ('scope', 'name', 'preprocessor'),
+    [
+        ('mmseg', 'scenes_seg.py', 'SegDataPreProcessor'),
+        ('mmseg', 'scenes_depth.py', 'SegDataPreProcessor'),
+        ('mmdet', 'scenes_det.py', 'DetDataPreprocessor'),
+    ],
+)
+def test_batches_suit_the_preprocessors(scope: str, name: str, preprocessor: str) -> None:
+    batch = next(iter(loader(scope, load(name, batch_size=2).train_dataloader)))
+    build_cfg = dict(type=preprocessor, mean=[0.0] * 3, std=[1.0] * 3)
+    if scope == 'mmseg':
+        build_cfg.update(size=(64, 64))
+    models = SEG_MODELS if scope == 'mmseg' else DET_MODELS
+    data = models.build(build_cfg)(batch, training=True)
+    assert tuple(data['inputs'].shape) == (2, 3, 64, 64)
+    assert data['inputs'].dtype == torch.float32
+    for sample in data['data_samples']:
+        if name == 'scenes_depth.py':
+            assert tuple(sample.gt_depth_map.data.shape) == (1, 64, 64)
+        elif name == 'scenes_det.py':
+            assert len(sample.gt_instances.bboxes) == len(sample.gt_instances.labels) > 0
+        else:
+            assert tuple(sample.gt_sem_seg.data.shape) == (1, 64, 64)
 
 
 def test_splits_share_no_scene() -> None:
