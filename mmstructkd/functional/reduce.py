@@ -118,10 +118,7 @@ def valid_pixels(
                 f'{owner}: `{name}` must have shape (B, H, W) with B = {reference.shape[0]}, '
                 f'got {tuple(given.shape)}. Drop a channel axis with squeeze(1).'
             )
-        if name == 'labels':
-            mask = resize_labels(given, size) != ignore_index
-        else:
-            mask = resize_mask(given, size)
+        mask = resize_labels(given, size) != ignore_index if name == 'labels' else resize_mask(given, size)
         mask = mask.to(reference.device)
         out = mask if out is None else out & mask
     return out
