@@ -215,8 +215,8 @@ class HolisticLoss(DistillLoss):
         """Build the critic for the channels of the probed maps.
 
         The same seed gives the same critic; the global generator is used only
-        to draw a seed where none was given. A second call is for the next
-        level of a pyramid, which shares the critic.
+        to draw a seed where none was given. A second call with maps of as
+        many channels keeps the critic.
 
         Args:
             student: a probed map of the student, (B, C, H, W).
