@@ -26,7 +26,7 @@ class SceneSegDataset(BaseSegDataset):
         num_scenes: how many scenes of the split.
         seed: the family of scenes. Keep it for all splits of an experiment.
         size: ``(height, width)`` of the images.
-        cache: keep rendered scenes in memory (180 kB each at 128 x 128, in every worker).
+        cache: keep rendered scenes in memory (200 kB each at 128 x 128, in every worker).
         **kwargs: of mmseg's :class:`BaseSegDataset`; ``metainfo=dict(classes=...)``
             selects a subset of the classes, the others are ignored.
 

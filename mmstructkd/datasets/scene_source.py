@@ -24,8 +24,8 @@ class SceneSource:
         num_scenes: how many, up to :data:`SPLIT_SIZE`.
         seed: the family of scenes.
         size: ``(height, width)`` in pixels.
-        cache: keep each scene once it is rendered, per process: 11 bytes a pixel,
-            180 kB a scene of 128 x 128.
+        cache: keep each scene once it is rendered, per process: 12 bytes a pixel,
+            200 kB a scene of 128 x 128.
 
     Raises:
         ConfigError: an unknown split, or a number out of range.

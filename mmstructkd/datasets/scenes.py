@@ -802,7 +802,7 @@ def render_scene(seed: int, index: int, size: tuple[int, int] = (128, 128)) -> S
             depend on it: another size shows the same scene.
 
     Returns:
-        The scene. About 5 ms for 128 x 128 on one core, linear in the pixels
+        The scene. About 4.5 ms for 128 x 128 on one core, linear in the pixels
         above that.
 
     Raises:
