@@ -51,8 +51,20 @@ _PASSES_COST = 64
 _SHIFT_COST = 16
 
 
+def _average(features: Tensor, kernel: tuple[int, int], wide_range: bool) -> Tensor:
+    """Average over patches in ceil mode; one that hangs over the edge is divided by what it covers."""
+    # The sum over a patch is formed before it is divided: near the end of the range that is too late.
+    factor = kernel[0] * kernel[1] if wide_range else 1
+    if factor > 1:
+        features = features / factor
+    nodes = torch_functional.avg_pool2d(features, kernel, kernel, ceil_mode=True, count_include_pad=False)
+    return nodes * factor if factor > 1 else nodes
+
+
 @full_precision
-def _pool(features: Tensor, kernel: tuple[int, int], pool: str, valid: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def _pool(
+    features: Tensor, kernel: tuple[int, int], pool: str, valid: Tensor | None, wide_range: bool
+) -> tuple[Tensor, Tensor | None]:
     """Pool ``features`` (B, D, H, W) in ceil mode over positions that count; return nodes and which count."""
     if valid is not None:
         # Before anything else, so that whatever stands where nothing counts, NaN included, goes nowhere.
@@ -62,18 +74,15 @@ def _pool(features: Tensor, kernel: tuple[int, int], pool: str, valid: Tensor | 
     if valid is None:
         if pool == 'max':
             return torch_functional.max_pool2d(features, kernel, kernel, ceil_mode=True), None
-        # A window that hangs over the edge is divided by what it covers, not by the kernel's size.
-        return torch_functional.avg_pool2d(features, kernel, kernel, ceil_mode=True, count_include_pad=False), None
-    share = valid[:, None].to(features.dtype)
-    share = torch_functional.avg_pool2d(share, kernel, kernel, ceil_mode=True, count_include_pad=False)
+        return _average(features, kernel, wide_range), None
+    share = _average(valid[:, None].to(features.dtype), kernel, False)
     some = share > 0
     if pool == 'max':
         lowest = torch.finfo(features.dtype).min
         nodes = torch.where(valid[:, None], features, lowest)
         nodes = torch_functional.max_pool2d(nodes, kernel, kernel, ceil_mode=True)
     else:
-        nodes = torch_functional.avg_pool2d(features, kernel, kernel, ceil_mode=True, count_include_pad=False)
-        nodes = nodes / torch.where(some, share, 1)
+        nodes = _average(features, kernel, wide_range) / torch.where(some, share, 1)
     return torch.where(some, nodes, 0), some[:, 0]
 
 
@@ -450,8 +459,9 @@ def pairwise_affinity_loss(
     )
     counts = valid_pixels(owner, student, valid=valid)
     floor = _norm_floor(student, teacher)
-    nodes_s, counts_s = _pool(student, kernel, pool, counts)
-    nodes_t, _ = _pool(teacher.detach(), kernel, pool, counts)
+    # Half precision has room above it once promoted; bfloat16 has the range of float32.
+    nodes_s, counts_s = _pool(student, kernel, pool, counts, student.dtype == torch.bfloat16)
+    nodes_t, _ = _pool(teacher.detach(), kernel, pool, counts, teacher.dtype == torch.bfloat16)
     grid = (nodes_s.shape[-2], nodes_s.shape[-1])
     reach = radius if radius is not None and radius < max(grid) - 1 else None
     nodes_s, nodes_t = nodes_s.flatten(2), nodes_t.flatten(2)
