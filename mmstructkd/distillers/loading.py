@@ -56,8 +56,10 @@ def model_config(config: str | Mapping[str, Any], owner: str) -> ConfigDict:
     """
     if isinstance(config, str):
         try:
-            cfg = student_config(Config.fromfile(config))
-        except (FileNotFoundError, OSError, KeyError, AttributeError) as err:
+            # Config.fromfile knows `scope::path` as a base only; mmengine.hub would call pip for a missing package.
+            path = Config._get_cfg_path(config, '')[0] if '::' in config else config
+            cfg = student_config(Config.fromfile(path))
+        except (AssertionError, AttributeError, ImportError, KeyError, OSError, ValueError) as err:
             raise ConfigError(f'{owner}: `config` must be a readable config, got {config!r} ({err}).') from err
     elif isinstance(config, Mapping):
         whole = 'model' in config and 'type' not in config
