@@ -120,12 +120,11 @@ class BuildWithMim(build_py):
 class SdistWithMim(sdist):
     """``sdist`` that carries what the wheel is built from (there is no MANIFEST.in)."""
 
-    def add_defaults(self) -> None:
-        """Add configs, tools, the licence and the texts to the defaults."""
-        super().add_defaults()
+    def make_release_tree(self, base_dir: str, files: list[str]) -> None:
+        """Add configs, tools and the texts to what setuptools found."""
         top = [ROOT / name for name in ('LICENSE', 'README.md', 'CHANGELOG.md', 'requirements.txt')]
-        files = [*mim_sources(), *(path for path in top if path.is_file())]
-        self.filelist.extend(path.relative_to(ROOT).as_posix() for path in files)
+        more = [*mim_sources(), *(path for path in top if path.is_file())]
+        super().make_release_tree(base_dir, sorted({*files, *(path.relative_to(ROOT).as_posix() for path in more)}))
 
 
 def mim_sources() -> list[Path]:
