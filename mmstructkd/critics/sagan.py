@@ -6,7 +6,9 @@ feature inside the critic.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -149,6 +151,14 @@ class SAGANCritic(nn.Module):
     ) -> None:
         super().__init__()
         owner = type(self).__name__
+        self._arguments = dict(
+            in_channels=in_channels,
+            image_channels=image_channels,
+            base_channels=base_channels,
+            batch_norm=batch_norm,
+            size=size,
+            max_side=max_side,
+        )
         _check_count(owner, 'in_channels', in_channels, 1)
         _check_count(owner, 'image_channels', image_channels, 0)
         _check_count(owner, 'base_channels', base_channels, 1)
@@ -172,6 +182,16 @@ class SAGANCritic(nn.Module):
     def _make_block(in_channels: int, out_channels: int) -> nn.Sequential:
         conv = spectral_norm(nn.Conv2d(in_channels, out_channels, 4, stride=2, padding=1))
         return nn.Sequential(conv, nn.LeakyReLU(0.1))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SAGANCritic:
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
+
+    def __reduce__(self) -> tuple:
+        """Pickle by arguments and weights: torch refuses to pickle the spectral norm's own classes."""
+        return _rebuild, (type(self), self._arguments, self.state_dict(), self.training)
 
     def working_size(self, size: tuple[int, int]) -> tuple[int, int]:
         """Return the size (h, w) at which maps of ``size`` are scored.
@@ -241,3 +261,13 @@ def _as_size(owner: str, size: int | Sequence[int] | None) -> tuple[int, int] | 
             'Four strided convolutions and a 4 x 4 kernel need as much.'
         )
     return sides[0], sides[1]
+
+
+def _rebuild(
+    kind: type[SAGANCritic], arguments: dict[str, Any], weights: dict[str, Tensor], training: bool
+) -> SAGANCritic:
+    """Make a critic again from what was pickled; the global random stream stays as it is."""
+    with torch.random.fork_rng():
+        critic = kind(**arguments)
+    critic.load_state_dict(weights)
+    return critic.train(training)

@@ -14,7 +14,6 @@ from mmengine.model import BaseModel
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
-from mmstructkd.distillers.loading import build_network
 from mmstructkd.distillers.targets import collect_targets, head_of
 from mmstructkd.distillers.teacher import TeacherSource
 from mmstructkd.distillers.term import parse_terms

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mmstructkd.distillers.schedule import WeightSchedule
-from mmstructkd.errors import ConfigError, TapError, check_finite_number, suggest
+from mmstructkd.errors import ConfigError, ShapeError, TapError, check_finite_number, suggest
 from mmstructkd.functional.resize import resize_map
 from mmstructkd.losses.base import DistillLoss
 from mmstructkd.registry import MODELS
@@ -163,7 +164,7 @@ class Term(nn.Module):
                 f'got {len(sides[0])} and {len(sides[1])} ({[str(t) for t in self.student_taps]} and '
                 f'{[str(t) for t in self.teacher_taps]}). Pick levels by index or list.'
             )
-        return list(zip(*sides))
+        return list(zip(*sides, strict=True))
 
     def _labels(self, taps: tuple[Tap, ...], records: Records) -> list[str]:
         """Name each recorded tensor."""
@@ -187,22 +188,41 @@ class Term(nn.Module):
             ShapeError: the loss cannot take these shapes.
         """
         pairs = self.pairs(student, teacher)
-        names = zip(self._labels(self.student_taps, student), self._labels(self.teacher_taps, teacher))
+        names = zip(self._labels(self.student_taps, student), self._labels(self.teacher_taps, teacher), strict=True)
         self.losses = nn.ModuleList([self.loss] + [self._build_loss() for _ in pairs[1:]])
         levels = []
-        for index, ((feat_s, feat_t), (name_s, name_t)) in enumerate(zip(pairs, names)):
+        for index, ((feat_s, feat_t), (name_s, name_t)) in enumerate(zip(pairs, names, strict=True)):
             connector = self._connector(feat_s, feat_t, classes)
             self.connectors.append(connector)
             with torch.no_grad():
                 made_s, made_t = self._comparable(index, feat_s, feat_t)
-            try:
+            with self._named_errors(feat_s, feat_t, classes):
                 self.losses[index].bind(made_s, made_t)
-            except ValueError as err:
-                raise type(err)(f'term {self.name!r}: {err}') from err
             shown = 'none' if isinstance(connector, nn.Identity) else type(connector).__name__
             levels.append(Level(name_s, name_t, tuple(feat_s.shape), tuple(feat_t.shape), shown))
         self.levels = tuple(levels)
-        self._try(pairs, classes)
+        with self._named_errors(*pairs[0], classes):
+            self._try(pairs, classes)
+
+    @contextlib.contextmanager
+    def _named_errors(self, student: Tensor, teacher: Tensor, classes: tuple[int | None, int | None]) -> Iterator[None]:
+        """Put the term's name into errors of its loss; say so where other classes are the reason."""
+        try:
+            yield
+        except ShapeError as err:
+            if classes[0] != classes[1] and (student.shape[1], teacher.shape[1]) == classes:
+                raise self._other_classes(classes) from err
+            raise ShapeError(f'term {self.name!r}: {err}') from err
+        except ValueError as err:
+            raise type(err)(f'term {self.name!r}: {err}') from err
+
+    def _other_classes(self, classes: tuple[int | None, int | None]) -> ConfigError:
+        """The error for logits over other classes."""
+        return ConfigError(
+            f'term {self.name!r}: the teacher must have the classes of the student, got num_classes={classes[1]} '
+            f'for the teacher and {classes[0]} for the student. '
+            'Tap a feature instead of the logits, or use a teacher of the same classes.'
+        )
 
     def _try(self, pairs: list[tuple[Tensor, Tensor]], classes: tuple[int | None, int | None]) -> None:
         """Compute the loss on copies of the probe: shapes that do not fit fail here."""
@@ -232,11 +252,7 @@ class Term(nn.Module):
         widths = {'in_channels': student.shape[1], 'out_channels': teacher.shape[1]}
         differ = widths['in_channels'] != widths['out_channels']
         if differ and self.loss.needs_equal_channels and tuple(widths.values()) == classes:
-            raise ConfigError(
-                f'term {self.name!r}: the teacher must have the classes of the student, got num_classes={classes[1]} '
-                f'for the teacher and {classes[0]} for the student. '
-                'Tap a feature instead of the logits, or use a teacher of the same classes.'
-            )
+            raise self._other_classes(classes)
         if self.connector_config is not None:
             try:
                 return MODELS.build({**widths, **self.connector_config})

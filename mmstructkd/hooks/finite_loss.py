@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
@@ -37,7 +38,7 @@ class FiniteLossHook(Hook):
         Raises:
             FloatingPointError: a loss is not finite.
         """
-        losses = {name: float(value) for name, value in (outputs or {}).items() if 'loss' in name}
+        losses = {name: float(torch.as_tensor(v).detach()) for name, v in (outputs or {}).items() if 'loss' in name}
         bad = [name for name, value in losses.items() if not math.isfinite(value) and name != 'loss']
         if not bad and math.isfinite(losses.get('loss', 0.0)):
             return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from mmengine.optim import OptimWrapper
@@ -28,7 +29,7 @@ class AutocastOptimWrapper(OptimWrapper):
         **kwargs: as for :class:`mmengine.optim.OptimWrapper`.
     """
 
-    def __init__(self, dtype: str = 'bfloat16', **kwargs) -> None:
+    def __init__(self, dtype: str = 'bfloat16', **kwargs: Any) -> None:
         check_one_of('AutocastOptimWrapper', 'dtype', dtype, ('bfloat16',))
         super().__init__(**kwargs)
         self.cast_dtype = getattr(torch, dtype)

@@ -86,6 +86,6 @@ class CompositeOptimizer(Optimizer):
                 f'CompositeOptimizer: `state_dict` must hold {len(self.parts)} parts, got {got}. '
                 'Resume with the terms the checkpoint was trained with, or start anew with load_from=.'
             )
-        for part, state in zip(self.parts, states):
+        for part, state in zip(self.parts, states, strict=True):
             part.load_state_dict(state)
         self._link()

@@ -121,7 +121,7 @@ def toy_batch(
     for _ in range(batch):
         labels = torch.randint(0, num_classes, (1, *size), generator=generator)
         labels[:, :2] = 255
-        sample = SegDataSample(metainfo=dict(img_shape=size))
+        sample = SegDataSample(metainfo=dict(img_shape=size, ori_shape=size, pad_shape=size))
         sample.gt_sem_seg = PixelData(data=labels)
         samples.append(sample)
     inputs: Tensor = torch.randn(batch, 3, *size, generator=generator)

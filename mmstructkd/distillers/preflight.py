@@ -1,0 +1,661 @@
+"""Tries a distilling config on one batch: shapes, losses, gradients at the taps, time and memory.
+
+Shape shorthand: B images, C channels, (H, W) the padded input of the student.
+Nothing here is part of training. What it is given is used up a little: running
+statistics move, and random numbers are drawn, as in a few training steps.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.config import Config
+from mmengine.model import BaseModel
+from mmengine.registry import init_default_scope
+from mmengine.runner import Runner, set_random_seed
+from mmengine.structures import InstanceData, PixelData
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
+
+from mmstructkd import compat
+from mmstructkd.distillers.loading import DISTILLER, _drop_pretrained
+from mmstructkd.distillers.structured_distiller import StructuredDistiller
+from mmstructkd.distillers.targets import collect_targets, head_of
+from mmstructkd.distillers.term import Term
+from mmstructkd.errors import CheckpointError, ConfigError, TapError
+from mmstructkd.registry import MODELS
+from mmstructkd.taps import Capture
+
+__all__ = [
+    'CostReport',
+    'LevelReport',
+    'TermReport',
+    'Trial',
+    'build_distiller',
+    'gradient_share',
+    'input_size',
+    'measure_cost',
+    'peak_factor',
+    'real_batch',
+    'synthetic_batch',
+    'try_batch',
+]
+
+OWNER = 'Preflight'
+DEFAULT_SIZE = (512, 512)
+
+
+@dataclass(frozen=True)
+class LevelReport:
+    """One pair of tapped tensors on a batch.
+
+    Attributes:
+        student_tap: the student's tap.
+        teacher_tap: the teacher's.
+        student: shape of the student's tensor.
+        teacher: shape of the teacher's tensor, before connector and resize.
+        student_stride: input size by map size, (vertical, horizontal); ``None``
+            for a tensor that is no map.
+        teacher_stride: the teacher's.
+        connector: what stands between them.
+        term_gradient: norm of the gradient of the weighted term with respect
+            to the student's tensor; ``None`` where that needs no gradient.
+        task_gradient: norm of the gradient of the task's losses there.
+    """
+
+    student_tap: str
+    teacher_tap: str
+    student: tuple[int, ...]
+    teacher: tuple[int, ...]
+    student_stride: tuple[float, float] | None
+    teacher_stride: tuple[float, float] | None
+    connector: str
+    term_gradient: float | None
+    task_gradient: float | None
+
+    @property
+    def share(self) -> float | None:
+        """The term's share of the gradient, see :func:`gradient_share`."""
+        return gradient_share(self.term_gradient, self.task_gradient)
+
+
+@dataclass(frozen=True)
+class TermReport:
+    """One term on a batch.
+
+    Attributes:
+        name: name of the term.
+        loss: class of its loss.
+        raw: the loss before its weight, mean over levels.
+        loss_weight: its weight in the config.
+        start_factor: factor of its schedule at the first iteration.
+        factor: the largest factor that its schedule reaches; gradients and the
+            weighted loss are taken with it.
+        objectives: what the loss's own modules (a critic) optimise, weighted.
+        levels: its pairs of tensors.
+    """
+
+    name: str
+    loss: str
+    raw: float
+    loss_weight: float
+    start_factor: float
+    factor: float
+    objectives: Mapping[str, float]
+    levels: tuple[LevelReport, ...]
+
+    @property
+    def weight(self) -> float:
+        """Factor between the raw and the weighted loss."""
+        return self.loss_weight * self.factor
+
+    @property
+    def weighted(self) -> float:
+        """The loss as it enters the sum."""
+        return self.raw * self.weight
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What :func:`try_batch` saw.
+
+    Attributes:
+        images: number of images of the batch.
+        size: (H, W) of the batch.
+        task_losses: the student's own losses by name.
+        task_loss: their sum.
+        terms: one report for each term.
+        without_gradient: trained parameters that the summed loss does not
+            reach, by owner: ``'student'`` or ``"term '...'"``.
+        zero_gradient: as above, reached by a gradient that is all zero.
+        problems: what must be mended before training, in words.
+    """
+
+    images: int
+    size: tuple[int, int]
+    task_losses: Mapping[str, float]
+    task_loss: float
+    terms: tuple[TermReport, ...]
+    without_gradient: Mapping[str, list[str]]
+    zero_gradient: Mapping[str, list[str]]
+    problems: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class CostReport:
+    """What the teacher adds to a step. Times are medians, in seconds.
+
+    Attributes:
+        runs: number of runs behind each median, after one to warm up.
+        student_step: forward and backward of the student alone.
+        distilled_step: forward and backward of the whole distiller.
+        teacher_forward: the teacher up to its deepest tap.
+        teacher_parameters: number of parameters; ``None`` for a source without
+            a network.
+        teacher_bytes: parameters and buffers.
+        student_peak: most memory allocated on the device during a step of the
+            student alone, without what teacher and terms hold, in bytes;
+            ``None`` where it is not measured (CPU).
+        distilled_peak: most memory during a distilled step, all included.
+    """
+
+    runs: int
+    student_step: float
+    distilled_step: float
+    teacher_forward: float
+    teacher_parameters: int | None
+    teacher_bytes: int | None
+    student_peak: int | None
+    distilled_peak: int | None
+
+
+def gradient_share(term: float | None, task: float | None) -> float | None:
+    r"""Share of a term in the gradient at its tap.
+
+    .. math:: \frac{\lVert g_{term} \rVert}{\lVert g_{term} \rVert + \lVert g_{task} \rVert}
+
+    Args:
+        term: norm of the weighted term's gradient; ``None``: no gradient there.
+        task: norm of the gradient of the task's losses.
+
+    Returns:
+        A number in [0, 1]; ``None`` where there is no gradient at all.
+
+    Example:
+        >>> gradient_share(1.0, 3.0)
+        0.25
+    """
+    if term is None or task is None or term + task == 0:
+        return None
+    return term / (term + task)
+
+
+# --- what training would build -------------------------------------------------------------------------------
+
+
+def _is_distiller(kind: Any) -> bool:
+    """Whether a config's ``type`` names a distiller."""
+    if isinstance(kind, str):
+        kind = StructuredDistiller if kind == DISTILLER.split('.')[-1] else MODELS.get(kind)
+    return isinstance(kind, type) and issubclass(kind, StructuredDistiller)
+
+
+def build_distiller(cfg: Config, *, random_init: bool = False) -> StructuredDistiller:
+    """Build and initialise the distiller of a config as the runner does.
+
+    Args:
+        cfg: a distilling config.
+        random_init: leave out the weights that the student would start from
+            (``pretrained``, ``init_cfg``, ``load_from``), and their download.
+
+    Returns:
+        The distiller on the CPU, in training mode.
+
+    Raises:
+        ConfigError: the config has no model or does not distil; and whatever a
+            :class:`StructuredDistiller` raises.
+    """
+    compat.install()
+    model = cfg.get('model')
+    if not isinstance(model, Mapping) or 'type' not in model:
+        raise ConfigError(f'{OWNER}: the config must define `model` with a `type`, got keys {sorted(cfg.keys())}.')
+    init_default_scope(cfg.get('default_scope', 'mmengine'))
+    if not _is_distiller(model.type):
+        raise ConfigError(
+            f'{OWNER}: `model.type` must be {DISTILLER!r}, got {model.type!r}. This config trains a plain model, '
+            'there is nothing to check: start it with tools/train.py, or wrap the model in a distiller.'
+        )
+    model = copy.deepcopy(model)
+    if random_init and isinstance(model.get('student'), Mapping):
+        _drop_pretrained(model.student)
+    set_random_seed((cfg.get('randomness') or {}).get('seed') or 0)
+    distiller = MODELS.build(model)
+    distiller.init_weights()
+    if cfg.get('load_from') and not random_init:
+        _load_from(distiller, cfg.load_from)
+    return distiller.train()
+
+
+def _load_from(distiller: StructuredDistiller, path: str) -> None:
+    """Load the weights that training would start from, as leniently as mmengine does."""
+    content = compat.read_checkpoint(path)
+    weights = content.get('state_dict', content)
+    weights = {key.removeprefix('module.'): value for key, value in weights.items()}
+    try:
+        distiller.load_state_dict(weights, strict=False)
+    except RuntimeError as err:
+        raise CheckpointError(f'{OWNER}: `load_from` must fit the student, got {path!r}. {err}') from err
+
+
+def peak_factor(term: Term, cfg: Config) -> tuple[float, float]:
+    """Factors of a term's schedule over the training of a config.
+
+    Args:
+        term: the term.
+        cfg: the config; its ``train_cfg`` says how long training is.
+
+    Returns:
+        The factor at the first iteration, and the largest one.
+    """
+    train = cfg.get('train_cfg') or {}
+    last = train.get('max_epochs' if term.schedule.by_epoch else 'max_iters') or train.get('max_iters') or 1
+    steps = {round(last * number / 200) for number in range(201)} | {term.schedule.begin}
+    return term.schedule.factor(0, last), max(term.schedule.factor(step, last) for step in steps)
+
+
+# --- batches -------------------------------------------------------------------------------------------------
+
+
+def real_batch(cfg: Config, model: BaseModel, *, batch_size: int | None = None) -> dict[str, Any]:
+    """Take the first batch of the train dataloader, preprocessed.
+
+    Args:
+        cfg: the config.
+        model: whose data preprocessor is used; the batch goes to its device.
+        batch_size: replaces the config's.
+
+    Returns:
+        ``inputs`` (B, 3, H, W) and ``data_samples``.
+
+    Raises:
+        ConfigError: there is no dataloader, or its data are not there.
+    """
+    settings = copy.deepcopy(cfg.get('train_dataloader'))
+    if not isinstance(settings, Mapping):
+        raise ConfigError(
+            f'{OWNER}: the config must define `train_dataloader`, got {settings!r}. Add it, or pass --synthetic.'
+        )
+    settings.update(num_workers=0, persistent_workers=False)
+    settings.pop('prefetch_factor', None)
+    if batch_size is not None:
+        settings['batch_size'] = batch_size
+    try:
+        batch = next(iter(Runner.build_dataloader(settings, seed=(cfg.get('randomness') or {}).get('seed') or 0)))
+    except (OSError, StopIteration) as err:
+        reason = 'no batch at all' if isinstance(err, StopIteration) else f'{type(err).__name__}: {err}'
+        raise ConfigError(
+            f'{OWNER}: `train_dataloader` must give a batch, got {reason}. Put the data there, or pass --synthetic.'
+        ) from err
+    return model.data_preprocessor(batch, True)
+
+
+def input_size(cfg: Config, model: BaseModel) -> tuple[int, int]:
+    """Size that training feeds: the preprocessor's, else ``crop_size``, else 512x512.
+
+    Args:
+        cfg: the config.
+        model: the model with its data preprocessor.
+
+    Returns:
+        (H, W).
+    """
+    size = getattr(model.data_preprocessor, 'size', None) or cfg.get('crop_size') or DEFAULT_SIZE
+    return (int(size[0]), int(size[1])) if isinstance(size, Sequence) else (int(size), int(size))
+
+
+def framework_of(model: nn.Module) -> str:
+    """``'mmdet'`` for a detector, else ``'mmseg'``: by the package of its base classes."""
+    roots = [base.__module__.split('.')[0] for base in type(model).__mro__]
+    return next((root for root in roots if root in ('mmseg', 'mmdet')), 'mmseg')
+
+
+def synthetic_batch(
+    model: BaseModel, size: tuple[int, int], batch_size: int = 2, *, seed: int = 0, training: bool = True
+) -> dict[str, Any]:
+    """Make a batch of noise with random labels, and preprocess it as real data.
+
+    Segmentors get class masks and depth maps, detectors boxes and masks.
+
+    Args:
+        model: a segmentor, depth estimator, detector, or a distiller of one.
+        size: (H, W) of the images.
+        batch_size: number of images.
+        seed: of the noise; the global random stream is not used.
+        training: handed to the data preprocessor.
+
+    Returns:
+        ``inputs`` (B, 3, H, W) and ``data_samples``.
+    """
+    network = getattr(model, 'student', model)
+    generator = torch.Generator().manual_seed(seed)
+    classes = getattr(head_of(network), 'num_classes', None) or 2
+    make = _detection_sample if framework_of(network) == 'mmdet' else _segmentation_sample
+    meta = {'img_shape': size, 'ori_shape': size, 'pad_shape': size, 'scale_factor': (1.0, 1.0), 'flip': False}
+    data = {
+        'inputs': [
+            torch.randint(0, 256, (3, *size), generator=generator, dtype=torch.uint8) for _ in range(batch_size)
+        ],
+        'data_samples': [make(size, classes, meta, generator) for _ in range(batch_size)],
+    }
+    return model.data_preprocessor(data, training)
+
+
+def _segmentation_sample(size: tuple[int, int], classes: int, meta: dict, generator: torch.Generator) -> Any:
+    """Labels and depth in metres of one image."""
+    from mmseg.structures import SegDataSample
+
+    sample = SegDataSample(metainfo=meta)
+    sample.gt_sem_seg = PixelData(data=torch.randint(0, classes, (1, *size), generator=generator))
+    sample.set_data({'gt_depth_map': PixelData(data=torch.rand(1, *size, generator=generator) * 9 + 1)})
+    return sample
+
+
+def _detection_sample(size: tuple[int, int], classes: int, meta: dict, generator: torch.Generator) -> Any:
+    """Three boxes of one image, each with the mask of its whole area."""
+    from mmdet.structures import DetDataSample
+    from mmdet.structures.mask import BitmapMasks
+
+    scale = torch.tensor([size[1], size[0]])
+    corners = torch.rand(3, 2, generator=generator) * 0.5
+    sides = torch.rand(3, 2, generator=generator) * 0.4 + 0.1
+    boxes = torch.cat([corners * scale, (corners + sides) * scale], dim=1)
+    masks = np.zeros((3, *size), dtype=np.uint8)
+    for mask, (left, top, right, bottom) in zip(masks, boxes.round().int().tolist(), strict=True):
+        mask[top:bottom, left:right] = 1
+    sample = DetDataSample(metainfo=meta)
+    sample.gt_instances = InstanceData(
+        bboxes=boxes, labels=torch.randint(0, classes, (3,), generator=generator), masks=BitmapMasks(masks, *size)
+    )
+    sample.ignored_instances = InstanceData(bboxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.int64))
+    return sample
+
+
+# --- one step, looked at closely -----------------------------------------------------------------------------
+
+
+def _number(value: Any) -> float:
+    """Value of a scalar tensor."""
+    return float(value.detach()) if isinstance(value, Tensor) else float(value)
+
+
+def _stride(size: tuple[int, int], shape: tuple[int, ...]) -> tuple[float, float] | None:
+    """Input size by map size."""
+    return (size[0] / shape[2], size[1] / shape[3]) if len(shape) == 4 else None
+
+
+def _edge(tensor: Tensor, cloned: bool) -> Tensor | GradientEdge | None:
+    """Where in the graph the network's own tensor is.
+
+    A clone is recorded where the network goes on to change its tensor in
+    place; the task's gradient passes the original, one step up from the clone.
+    """
+    if not tensor.requires_grad:
+        return None
+    if not cloned or tensor.grad_fn is None:
+        return tensor
+    return GradientEdge(*tensor.grad_fn.next_functions[0])
+
+
+def _norms(value: Tensor, edges: Sequence[Tensor | GradientEdge | None]) -> list[float | None]:
+    """Norm of the gradient of ``value`` at each edge; 0 where it does not depend on it."""
+    known = [edge for edge in edges if edge is not None]
+    gradients: list[Tensor | None] = [None] * len(known)
+    if known and value.requires_grad:
+        gradients = list(torch.autograd.grad(value, known, retain_graph=True, allow_unused=True))
+    found = iter(gradients)
+    norms: list[float | None] = []
+    for edge in edges:
+        if edge is None:
+            norms.append(None)
+            continue
+        gradient = next(found)
+        norms.append(0.0 if gradient is None else gradient.detach().double().norm().item())
+    return norms
+
+
+def _score_raw(term: Term, student: Mapping, teacher: Mapping, targets: Any) -> dict[str, Tensor]:
+    """Score a term with weight 1, whatever its schedule says."""
+    weights, factor = [loss.loss_weight for loss in term.losses], term.factor
+    try:
+        term.factor = 1.0
+        for loss in term.losses:
+            loss.loss_weight = 1.0
+        return term(student, teacher, targets, all_parts=True)
+    finally:
+        term.factor = factor
+        for loss, weight in zip(term.losses, weights, strict=True):
+            loss.loss_weight = weight
+
+
+def try_batch(
+    distiller: StructuredDistiller, batch: Mapping[str, Any], factors: Mapping[str, tuple[float, float]] | None = None
+) -> Trial:
+    """Run one training step on a batch and report on it, without updating a parameter.
+
+    The gradient norms are taken at the student's tapped tensor, before the
+    connector, over the whole batch. On a term of several levels the gradient
+    at one level includes what comes back through the deeper ones.
+
+    Args:
+        distiller: in training mode.
+        batch: ``inputs`` and ``data_samples``, preprocessed.
+        factors: for each term the first and the largest factor of its
+            schedule; ``None``: both as they are now.
+
+    Returns:
+        The report.
+
+    Raises:
+        TapError: a tap is not reached in training.
+        ShapeError: a loss cannot take these shapes.
+    """
+    inputs, samples = batch['inputs'], batch['data_samples']
+    terms: list[Term] = list(distiller.terms.values())
+    problems: list[str] = []
+    teacher = distiller.teacher.observe(inputs, samples, [tap for term in terms for tap in term.teacher_taps])
+    cloned = distiller._clone
+    with Capture(distiller.student, [tap for term in terms for tap in term.student_taps], clone=cloned) as capture:
+        losses = distiller.student(inputs, samples, mode='loss')
+    task, logged = distiller.student.parse_losses(losses)
+    task_losses = {name: _number(value) for name, value in logged.items() if 'loss' in name and name != 'loss'}
+    for tap in sorted(capture.changed_in_place() - cloned, key=str):
+        problems.append(f'The student changes {str(tap)!r} in place in training: tap another module.')
+    targets = collect_targets(distiller.student, inputs, samples)
+    size = (int(inputs.shape[-2]), int(inputs.shape[-1]))
+
+    reports = []
+    for term in terms:
+        start, factor = (term.factor, term.factor) if factors is None else factors[term.name]
+        pairs = term.pairs(capture.records, teacher)
+        if len(pairs) != len(term.levels):
+            raise TapError(
+                f'term {term.name!r}: `tap` must be passed as often in training as in the probe '
+                f'({len(term.levels)} times), got {len(pairs)}. Tap a module that runs alike in both.'
+            )
+        scored = _score_raw(term, capture.records, teacher, targets)
+        key = f'loss_kd_{term.name}'
+        raw, weight = scored[key], term.loss.loss_weight * factor
+        edges = [_edge(tensor, tap in cloned) for tap in term.student_taps for tensor in capture.records[tap]]
+        term_norms = [None if norm is None else norm * weight for norm in _norms(raw, edges)]
+        task_norms = _norms(task, edges)
+        levels = tuple(
+            LevelReport(
+                level.student_tap,
+                level.teacher_tap,
+                tuple(feat_s.shape),
+                tuple(feat_t.shape),
+                _stride(size, tuple(feat_s.shape)),
+                _stride(size, tuple(feat_t.shape)),
+                level.connector,
+                term_norm,
+                task_norm,
+            )
+            for level, (feat_s, feat_t), term_norm, task_norm in zip(
+                term.levels, pairs, term_norms, task_norms, strict=True
+            )
+        )
+        objectives = {name[len(key) + 1 :]: _number(value) for name, value in scored.items() if name != key}
+        report = TermReport(
+            term.name,
+            type(term.loss).__name__,
+            _number(raw),
+            term.loss.loss_weight,
+            start,
+            factor,
+            objectives,
+            levels,
+        )
+        problems += _problems(report)
+        reports.append(report)
+    task_loss = _number(task)
+    if not math.isfinite(task_loss):
+        problems.append(f'The loss of the task is {task_loss}.')
+    del task, losses, capture, pairs, scored, raw, edges  # the graph goes before the next step makes another
+
+    without, zero = _unreached(distiller, batch)
+    return Trial(
+        images=int(inputs.shape[0]),
+        size=size,
+        task_losses=task_losses,
+        task_loss=task_loss,
+        terms=tuple(reports),
+        without_gradient=without,
+        zero_gradient=zero,
+        problems=tuple(problems),
+    )
+
+
+def _problems(report: TermReport) -> list[str]:
+    """What is wrong with a term."""
+    found = []
+    for part, value in {'': report.raw, **report.objectives}.items():
+        if not math.isfinite(value):
+            found.append(f'term {report.name!r}: the {part or "loss"} is {value}.')
+    for level in report.levels:
+        if level.term_gradient is None:
+            found.append(
+                f'term {report.name!r}: {level.student_tap!r} lies in a frozen part of the student, '
+                'which no gradient reaches. Tap a deeper module.'
+            )
+        elif not math.isfinite(level.term_gradient):
+            found.append(f'term {report.name!r}: its gradient at {level.student_tap!r} is {level.term_gradient}.')
+        elif level.term_gradient == 0 and report.weight > 0 and report.raw != 0:
+            found.append(f'term {report.name!r}: its gradient at {level.student_tap!r} is zero, its loss is not.')
+    return found
+
+
+def _summed_loss(model: BaseModel, batch: Mapping[str, Any]) -> Tensor:
+    """The one sum that training differentiates."""
+    return model.parse_losses(model(batch['inputs'], batch['data_samples'], mode='loss'))[0]
+
+
+def _unreached(
+    distiller: StructuredDistiller, batch: Mapping[str, Any]
+) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+    """Trained parameters without a gradient of the summed loss, and those with a zero one."""
+    distiller.zero_grad(set_to_none=True)
+    _summed_loss(distiller, batch).backward()
+    without: dict[str, list[str]] = {}
+    zero: dict[str, list[str]] = {}
+    for name, parameter in distiller.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        place, _, rest = name.partition('.')
+        if place == 'terms':
+            term, _, rest = rest.partition('.')
+            place = f'term {term!r}'
+        if parameter.grad is None:
+            without.setdefault(place, []).append(rest)
+        elif not parameter.grad.any():
+            zero.setdefault(place, []).append(rest)
+    distiller.zero_grad(set_to_none=True)
+    return without, zero
+
+
+# --- time and memory -----------------------------------------------------------------------------------------
+
+
+def _bytes(tensors: Any) -> int:
+    """Memory of tensors, in bytes."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def measure_cost(distiller: StructuredDistiller, batch: Mapping[str, Any], *, runs: int = 3) -> CostReport:
+    """Time a step of the student alone, a distilled step and the teacher, in turn.
+
+    A step is forward and backward, without the optimiser and the data.
+
+    Args:
+        distiller: in training mode.
+        batch: ``inputs`` and ``data_samples``, preprocessed.
+        runs: how often each is run, after once to warm up.
+
+    Returns:
+        The medians.
+
+    Raises:
+        ConfigError: ``runs`` is no integer above 0.
+    """
+    if isinstance(runs, bool) or not isinstance(runs, int) or runs < 1:
+        raise ConfigError(f'measure_cost: `runs` must be an integer above 0, got {runs!r}.')
+    inputs, samples = batch['inputs'], batch['data_samples']
+    on_cuda = inputs.is_cuda
+    teacher_taps = [tap for term in distiller.terms.values() if term.active for tap in term.teacher_taps]
+
+    def teacher() -> None:
+        if teacher_taps:
+            distiller.teacher.observe(inputs, samples, teacher_taps)
+
+    works: dict[str, Callable[[], Any]] = {
+        'student': lambda: _summed_loss(distiller.student, batch).backward(),
+        'distilled': lambda: _summed_loss(distiller, batch).backward(),
+        'teacher': teacher,
+    }
+    times: dict[str, list[float]] = {name: [] for name in works}
+    peaks: dict[str, int] = dict.fromkeys(works, 0)
+    for _ in range(runs + 1):
+        for name, work in works.items():
+            distiller.zero_grad(set_to_none=True)
+            if on_cuda:
+                torch.cuda.synchronize()
+                torch.cuda.reset_peak_memory_stats()
+            begin = time.perf_counter()
+            work()
+            if on_cuda:
+                torch.cuda.synchronize()
+                peaks[name] = max(peaks[name], torch.cuda.max_memory_allocated())
+            times[name].append(time.perf_counter() - begin)
+    distiller.zero_grad(set_to_none=True)
+    medians = {name: statistics.median(values[1:]) for name, values in times.items()}
+
+    network = getattr(distiller.teacher, 'network', None)
+    held = None if network is None else _bytes([*network.parameters(), *network.buffers()])
+    aside = (held or 0) + _bytes([*distiller.terms.parameters(), *distiller.terms.buffers()])
+    return CostReport(
+        runs=runs,
+        student_step=medians['student'],
+        distilled_step=medians['distilled'],
+        teacher_forward=medians['teacher'],
+        teacher_parameters=None if network is None else sum(p.numel() for p in network.parameters()),
+        teacher_bytes=held,
+        student_peak=peaks['student'] - aside if on_cuda else None,
+        distilled_peak=peaks['distilled'] if on_cuda else None,
+    )
