@@ -25,7 +25,6 @@ from typing import Any
 import torch
 import torch.nn.functional as torch_functional
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mmstructkd.errors import ConfigError, check_ndim, check_one_of, check_same
 from mmstructkd.functional.precision import exact_matmul, full_precision
@@ -320,8 +319,13 @@ class _AffinityGap(torch.autograd.Function):
         return total
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        # What is stored is a constant: differentiated again it would silently give zero.
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                'pairwise_affinity_loss: `create_graph` must be False, got True. '
+                'Its gradient is formed along with the value and has no graph of its own.'
+            )
         (grad,) = ctx.saved_tensors
         return (grad * grad_output.to(grad.dtype), *[None] * 8)
 
@@ -478,4 +482,8 @@ def pairwise_affinity_loss(
     if chosen == 'local':
         reach = radius
     pairs = _pairs(counts_s, student.shape[0], grid, reach)
-    return _gap(nodes_s, nodes_t, chosen, grid, reach, floor, detach_norm, pairs)
+    # Compiled code knows neither the check in the backward pass nor the choice of digits in the forward one.
+    # Asked here and not written as a decorator, since `disable` imports the whole compiler.
+    gap = torch.compiler.disable(_gap) if torch.compiler.is_compiling() else _gap
+    loss: Tensor = gap(nodes_s, nodes_t, chosen, grid, reach, floor, detach_norm, pairs)
+    return loss
