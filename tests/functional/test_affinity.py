@@ -373,7 +373,7 @@ def test_bad_arguments():
             loss(s, t, radius=bad)
     with pytest.raises(ConfigError, match=rf"{name}: `form` must be one of .*, got 'open'"):
         loss(s, t, form='open')
-    with pytest.raises(ConfigError, match="`form` must fit `radius`.*got 'closed' with radius 1"):
+    with pytest.raises(ConfigError, match=r"`form` must fit `radius`.*got 'closed' with radius 1"):
         loss(s, t, kernel_size=1, radius=1, form='closed')
-    with pytest.raises(ConfigError, match="`form` must fit `radius`.*got 'local' with radius None"):
+    with pytest.raises(ConfigError, match=r"`form` must fit `radius`.*got 'local' with radius None"):
         loss(s, t, form='local')

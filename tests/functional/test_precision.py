@@ -66,9 +66,16 @@ def test_exact_matmul_sets_and_restores():
     before = matmul.fp32_precision
     try:
         matmul.fp32_precision = 'bf16'
-        with pytest.raises(KeyError), exact_matmul('cpu'):
-            assert matmul.fp32_precision == 'ieee'
-            raise KeyError
+        seen = []
+
+        def fail():
+            with exact_matmul('cpu'):
+                seen.append(matmul.fp32_precision)
+                raise KeyError('x')
+
+        with pytest.raises(KeyError, match='x'):
+            fail()
+        assert seen == ['ieee']
         assert matmul.fp32_precision == 'bf16'
     finally:
         matmul.fp32_precision = before
