@@ -13,6 +13,11 @@ from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 from setuptools.command.sdist import sdist
 
+try:
+    from setuptools.command.bdist_wheel import bdist_wheel
+except ImportError:  # before setuptools 70.1 it came with wheel
+    from wheel.bdist_wheel import bdist_wheel
+
 ROOT = Path(__file__).resolve().parent
 PACKAGE = 'mmstructkd'
 
@@ -84,37 +89,60 @@ def model_index(configs: Path) -> str:
     return 'Import:\n' + ''.join(f'  - {path}\n' for path in metafiles)
 
 
-class BuildWithMim(build_py):
-    """``build_py`` that puts ``configs``, ``tools`` and ``model-index.yml`` into ``mmstructkd/.mim``.
+def write_mim(package_root: Path) -> list[Path]:
+    """Write ``.mim`` (configs, tools, ``model-index.yml``) into a folder.
 
-    ``mim train mmstructkd CONFIG`` looks for them there. They are copied into
-    the build directory, so a build leaves the source tree alone. An editable
-    install gets none: mim then takes the checkout as the package's root, where
-    a second copy of each config would make every name ambiguous.
+    Args:
+        package_root: the folder that mim takes for the package's.
+
+    Returns:
+        The files written.
     """
+    into = package_root / '.mim'
+    written = []
+    for source in mim_sources():
+        written.append(into / source.relative_to(ROOT))
+        written[-1].parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, written[-1])
+    written.append(into / 'model-index.yml')
+    written[-1].write_text(model_index(ROOT / 'configs'), encoding='utf-8')
+    return written
+
+
+class BuildWithMim(build_py):
+    """``build_py`` that adds ``mmstructkd/.mim``, where ``mim train mmstructkd CONFIG`` looks for both.
+
+    It is written into the build directory, so a build leaves the source tree
+    alone. An editable install gets none: mim then takes the checkout as the
+    package's root, where a second copy of each config would make every name
+    ambiguous.
+    """
+
+    _mim: list[Path] = []
 
     def run(self) -> None:
         """Build the package, then add ``.mim``."""
         super().run()
         if not self.editable_mode:
-            for source, target in self._mim_files():
-                target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(source, target)
-            self._mim_index().write_text(model_index(ROOT / 'configs'), encoding='utf-8')
+            self._mim = write_mim(Path(self.build_lib, PACKAGE))
 
     def get_outputs(self, include_bytecode: bool = True) -> list[str]:
         """List ``.mim`` among what was built."""
-        outputs = super().get_outputs(include_bytecode)
-        if self.editable_mode:
-            return outputs
-        return [*outputs, *(str(target) for _, target in self._mim_files()), str(self._mim_index())]
+        return [*super().get_outputs(include_bytecode), *map(str, self._mim)]
 
-    def _mim_index(self) -> Path:
-        return Path(self.build_lib, PACKAGE, '.mim', 'model-index.yml')
 
-    def _mim_files(self) -> list[tuple[Path, Path]]:
-        into = Path(self.build_lib, PACKAGE, '.mim')
-        return [(source, into / source.relative_to(ROOT)) for source in mim_sources()]
+class WheelWithMim(bdist_wheel):
+    """``bdist_wheel`` that puts ``.mim`` beside the metadata as well.
+
+    mim of the onedl line takes the folder of the first installed file for the
+    package's. Where distribution and package share a name, that is
+    ``mmstructkd-VERSION.dist-info``: ``-`` sorts before ``/``.
+    """
+
+    def write_wheelfile(self, wheelfile_base: str, *args: str, **kwargs: str) -> None:
+        """Write the file ``WHEEL``, then ``.mim`` beside it."""
+        super().write_wheelfile(wheelfile_base, *args, **kwargs)
+        write_mim(Path(wheelfile_base))
 
 
 class SdistWithMim(sdist):
@@ -173,6 +201,6 @@ if __name__ == '__main__':
             'openmmlab': [f'torch>={TORCH[0]},<{TORCH[1]}', *ranges('openmmlab')],
             'dev': DEV,
         },
-        cmdclass={'build_py': BuildWithMim, 'sdist': SdistWithMim},
+        cmdclass={'build_py': BuildWithMim, 'bdist_wheel': WheelWithMim, 'sdist': SdistWithMim},
         zip_safe=False,
     )
