@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import mmengine.config.utils
+import mmseg
 import pytest
 import torch
 import yaml
@@ -16,7 +17,6 @@ from mmengine.config import Config
 from mmengine.optim import OptimWrapper, build_optim_wrapper
 from mmengine.registry import DefaultScope
 from mmengine.structures import PixelData
-from mmengine.utils import get_installed_path
 from mmseg.registry import DATASETS, MODELS, TRANSFORMS
 from mmseg.structures import SegDataSample
 from torch import nn
@@ -225,7 +225,7 @@ def test_teacher_is_the_published_one(path):
         assert teacher.checkpoint == f'work_dirs/{Path(teacher.config).stem}/iter_{steps}.pth'
         return
     folder, file = teacher.config.removeprefix('mmseg::').split('/')
-    metafile = Path(get_installed_path('mmseg'), '.mim', 'configs', folder, 'metafile.yaml')
+    metafile = Path(mmseg.__file__).parent / '.mim' / 'configs' / folder / 'metafile.yaml'
     models = yaml.safe_load(metafile.read_text(encoding='utf-8'))['Models']
     weights = [model['Weights'] for model in models if model['Config'] == f'configs/{folder}/{file}']
     assert [url.split('/mmsegmentation/')[1] for url in weights] == [teacher.checkpoint.split('/mmsegmentation/')[1]]
