@@ -1,9 +1,9 @@
-"""Train several configs over the same seeds, one after another, and print mean and spread.
+r"""Train several configs over the same seeds, one after another, and print mean and spread.
 
 Example::
 
-    python tools/compare.py --seeds 0 1 2 --work-dir work_dirs/camvid_small \\
-        --arm alone=configs/camvid_small/fcn_r18-d8-w16_600_camvid-180x240.py \\
+    python tools/compare.py --seeds 0 1 2 --work-dir work_dirs/camvid_small \
+        --arm alone=configs/camvid_small/fcn_r18-d8-w16_600_camvid-180x240.py \
         --arm cwd=configs/camvid_small/cwd_pspnet_r18-d8-w32_fcn_r18-d8-w16_600_camvid-180x240.py
 
 Each run is ``tools/train.py CONFIG`` with ``randomness.seed`` set, in a process of
