@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Mapping
+import inspect
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from mmengine.config import Config, ConfigDict
 from mmengine.registry import DefaultScope
+from mmengine.runner import Runner
 from torch import Tensor, nn
 
 from mmstructkd.compat import local_checkpoint, read_checkpoint
@@ -37,7 +39,30 @@ def student_config(cfg: Config) -> Config:
     if cfg.model.get('data_preprocessor') is not None:
         student.setdefault('data_preprocessor', cfg.model.data_preprocessor)
     plain.model = student
+    _drop_own_import(plain)
     return plain
+
+
+def _drop_own_import(cfg: Config) -> None:
+    """Take mmstructkd out of ``custom_imports`` where nothing that a runner builds needs it."""
+    settings = cfg.get('custom_imports')
+    if not settings or _names_own(cfg, inspect.signature(Runner).parameters):
+        return
+    imports = settings['imports']
+    left = [name for name in ([imports] if isinstance(imports, str) else imports) if name.split('.')[0] != 'mmstructkd']
+    if left:
+        settings['imports'] = left
+    else:
+        cfg.pop('custom_imports')
+
+
+def _names_own(value: Any, keys: Collection[str] | None = None) -> bool:
+    """Whether a ``type`` of mmstructkd stands in (some keys of) a config."""
+    if isinstance(value, (Config, Mapping)):
+        return any(_names_own(item) for key, item in value.items() if keys is None or key in keys)
+    if isinstance(value, (list, tuple)):
+        return any(_names_own(item) for item in value)
+    return isinstance(value, str) and value.startswith('mmstructkd.')
 
 
 def model_config(config: str | Mapping[str, Any], owner: str) -> ConfigDict:

@@ -144,6 +144,15 @@ class StructuredDistiller(BaseModel):
         classes = (_num_classes(self.student), _num_classes(teacher_network))
         for term in self.terms.values():
             term.bind(capture.records, observed.records, classes)
+        owners: dict[str, str] = {}
+        for term in self.terms.values():
+            for key in term.log_keys:
+                if key in owners:
+                    raise ConfigError(
+                        f'term {term.name!r}: its losses must have names of their own, got {key!r}, which term '
+                        f'{owners[key]!r} logs as well. Rename one of the two.'
+                    )
+                owners[key] = term.name
 
     @property
     def teacher(self) -> TeacherSource:

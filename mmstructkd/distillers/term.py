@@ -79,6 +79,7 @@ class Term(nn.Module):
         self.losses = nn.ModuleList([self._build_loss()])
         self.connectors = nn.ModuleList()
         self.levels: tuple[Level, ...] = ()
+        self.log_keys: tuple[str, ...] = ()
 
     @staticmethod
     def _sides(tap: Any, owner: str) -> Mapping[str, Any]:
@@ -245,7 +246,8 @@ class Term(nn.Module):
                 for feat in feats:
                     feat.requires_grad_(True)
             twin.eval()
-            twin(records_s, records_t, targets, all_parts=True)
+            scored = twin(records_s, records_t, targets, all_parts=True)
+        self.log_keys = tuple(scored)
 
     def _connector(self, student: Tensor, teacher: Tensor, classes: tuple[int | None, int | None]) -> nn.Module:
         """The configured connector, or the automatic one."""

@@ -9,6 +9,7 @@ import weakref
 
 import pytest
 import torch
+from mmengine.config import Config
 from mmengine.runner.checkpoint import get_state_dict, load_state_dict
 from torch import nn
 
@@ -328,3 +329,14 @@ def test_student_and_teacher_arguments() -> None:
         build(student=nn.Linear(1, 1))
     model = build(student=MODELS.build(toy_segmentor(4)))
     assert isinstance(model, StructuredDistiller)
+
+
+def test_two_terms_of_one_name() -> None:
+    terms = toy_terms()
+    terms['holistic_critic'] = terms.pop('pixel')
+    with pytest.raises(ConfigError, match="got 'loss_kd_holistic_critic', which term 'holistic' logs as well"):
+        build(terms=terms)
+    with pytest.raises(ConfigError, match='must be a dict of terms by name'):
+        build(terms=[dict(name='a'), dict(name='a')])
+    with pytest.raises(SyntaxError, match='keyword argument repeated: pixel'):
+        Config.fromstring('terms = dict(pixel=dict(tap="a"), pixel=dict(tap="b"))', '.py')

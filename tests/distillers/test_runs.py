@@ -103,6 +103,9 @@ def test_the_checkpoint_is_the_student_with_ema(tmp_path: Path, plain_file: str,
     content = assert_plain(tmp_path / 'run' / 'iter_4.pth', plain_file, load_report)
     names = {k.removeprefix('module.') for k in content['ema_state_dict']} - {'steps'}
     assert names == set(content['state_dict'])
+    averaged = next(h for h in runner.hooks if type(h).__name__ == 'EMAHook').ema_model.module
+    assert averaged.teacher.network is runner.model.teacher.network  # not copied, not averaged
+    assert not {id(p) for p in averaged.parameters()} & {id(p) for p in averaged.teacher.network.parameters()}
     # state_dict holds the average, ema_state_dict the raw weights, as mmengine has it for plain models
     key = 'decode_head.conv_seg.weight'
     assert torch.equal(content['ema_state_dict']['module.' + key], runner.model.student.state_dict()[key])

@@ -125,6 +125,27 @@ def test_gradient_clipping_sees_both() -> None:
     assert norm <= 1.01e-3
 
 
+def test_gradient_scaler_skips_a_step_that_overflowed_and_takes_the_next() -> None:
+    """What AmpOptimWrapper does on a GPU, with torch's scaler for the CPU."""
+    first, second, composite = pair()
+    scaler = torch.amp.GradScaler('cpu', init_scale=4.0, growth_interval=100)
+    before = first.weight.clone(), second.weight.clone()
+    scaler.scale(second(first(torch.full((4, 2), float('inf'))).tanh()).square().sum() * float('inf')).backward()
+    scaler.step(composite)
+    scaler.update()
+    assert torch.equal(first.weight, before[0])
+    assert torch.equal(second.weight, before[1])
+    assert scaler.get_scale() == 2.0
+    composite.zero_grad()
+    first2, second2 = copy.deepcopy(first), copy.deepcopy(second)
+    scaler.scale(second(first(torch.ones(4, 2)).tanh()).square().sum()).backward()
+    scaler.step(composite)
+    plain = torch.optim.SGD(first2.parameters(), lr=0.1, momentum=0.9)
+    second2(first2(torch.ones(4, 2)).tanh()).square().sum().backward()
+    plain.step()
+    assert torch.allclose(first.weight, first2.weight)
+
+
 def test_autocast_wrapper_runs_the_forward_in_bf16() -> None:
     layer = nn.Linear(2, 2)
     wrapper = AutocastOptimWrapper(optimizer=torch.optim.SGD(layer.parameters(), lr=0.1))
