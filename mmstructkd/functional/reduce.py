@@ -11,27 +11,7 @@ from torch import Tensor
 from mmstructkd.errors import ShapeError
 from mmstructkd.functional.resize import resize_labels, resize_mask
 
-__all__ = ['masked_mean', 'mean_of_sum', 'valid_pixels', 'zero_with_graph']
-
-
-def zero_with_graph(tensor: Tensor) -> Tensor:
-    """Return a scalar 0 that depends on ``tensor`` with gradient zero.
-
-    ``(tensor * 0).sum()`` would be NaN where the tensor holds an infinity.
-
-    Args:
-        tensor: at least one axis.
-
-    Returns:
-        Scalar zero in the tensor's dtype.
-
-    Example:
-        >>> x = torch.tensor([float('inf')], requires_grad=True)
-        >>> zero_with_graph(x).backward()
-        >>> x.grad
-        tensor([0.])
-    """
-    return tensor[:0].sum()
+__all__ = ['masked_mean', 'mean_of_sum', 'valid_pixels']
 
 
 def mean_of_sum(total: Tensor, count: Tensor | int) -> Tensor:
