@@ -1,4 +1,4 @@
-# The student of the CamVid study: FCN-R18 at stride 8, a quarter of the width, from scratch.
+# The student of the CamVid study: FCN-R18 at stride 8, a quarter of the width, from scratch, four images a step.
 _base_ = [
     '../_base_/datasets/camvid_180x240.py',
     '../_base_/default_runtime.py',
@@ -43,6 +43,7 @@ model = dict(
         loss_decode=dict(type='CrossEntropyLoss', use_sigmoid=False, loss_weight=1.0)),
     train_cfg=dict(),
     test_cfg=dict(mode='whole'))
+train_dataloader = dict(batch_size=4)
 train_cfg = dict(max_iters=600)
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.1, begin=0, end=50, by_epoch=False),
