@@ -167,3 +167,11 @@ def test_dropout_and_batch_norm_of_the_teacher_are_off() -> None:
     first, second = (teacher.observe(batch['inputs'], None, [tap])[tap][0] for _ in range(2))
     assert torch.equal(first, second)
     assert not first.requires_grad
+
+
+def test_reads_a_config_of_the_package() -> None:
+    teacher = FrozenTeacher('mmseg::pspnet/pspnet_r18-d8_4xb2-80k_cityscapes-512x1024.py', allow_random=True)
+    assert teacher.network.decode_head.num_classes == 19
+    assert teacher.provenance()['config'].startswith('mmseg::')
+    with pytest.raises(ConfigError, match='must be a readable config'):
+        FrozenTeacher('mmseg::pspnet/no_such_config.py', allow_random=True)
