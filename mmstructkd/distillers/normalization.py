@@ -97,7 +97,8 @@ class InputConversion:
             return inputs
         if self.flip:
             inputs = inputs.flip(1)
-        scale, shift = (v.to(inputs.device)[None, :, None, None] for v in (self.scale, self.shift))
-        converted = inputs * scale + shift
+        # moved once, not in every step
+        self.scale, self.shift = self.scale.to(inputs.device), self.shift.to(inputs.device)
+        converted = inputs * self.scale[:, None, None] + self.shift[:, None, None]
         valid = valid_area(inputs, data_samples)
         return converted if valid is None else converted.masked_fill(~valid[:, None], self.pad_value)

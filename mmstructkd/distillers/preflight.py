@@ -297,6 +297,7 @@ def real_batch(cfg: Config, model: BaseModel, *, batch_size: int | None = None) 
     settings.pop('prefetch_factor', None)
     if batch_size is not None:
         settings['batch_size'] = batch_size
+    init_default_scope(cfg.get('default_scope', 'mmengine'))
     try:
         batch = next(iter(Runner.build_dataloader(settings, seed=(cfg.get('randomness') or {}).get('seed') or 0)))
     except (OSError, StopIteration) as err:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from mmengine.config import ConfigDict
+from mmengine.logging import print_log
 from mmengine.model import BaseModel
 from mmengine.runner import Runner
 from torch import Tensor, nn
@@ -61,8 +62,9 @@ class StructuredDistiller(BaseModel):
     the student's keys, without a prefix, and nothing but these.
 
     Both networks are probed once at construction with an input of 64x128
-    zeros, in eval: taps are resolved, connectors sized, losses tried. The global
-    random streams are left as a plain student would leave them.
+    zeros, in eval: taps are resolved and their shapes logged, connectors sized,
+    losses tried. The global random streams are left as a plain student would
+    leave them.
 
     Args:
         student: config of the student, or the built model.
@@ -144,6 +146,12 @@ class StructuredDistiller(BaseModel):
         classes = (_num_classes(self.student), _num_classes(teacher_network))
         for term in self.terms.values():
             term.bind(capture.records, observed.records, classes)
+            for level in term.levels:
+                print_log(
+                    f'term {term.name!r}: student {level.student_tap} {level.student}, '
+                    f'teacher {level.teacher_tap} {level.teacher}, connector: {level.connector}',
+                    'current',
+                )
         owners: dict[str, str] = {}
         for term in self.terms.values():
             for key in term.log_keys:
