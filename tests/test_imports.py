@@ -46,7 +46,10 @@ MAY_IMPORT = {
 GROUND = {'errors', 'structures', 'registry'}
 
 #: Imports inside functions, each with its reason.
-LOCAL_IMPORTS: dict[tuple[str, str], str] = {}
+LOCAL_IMPORTS: dict[tuple[str, str], str] = {
+    ('distillers/preflight.py', '_segmentation_sample'): 'a user of mmdet alone has no mmseg',
+    ('distillers/preflight.py', '_detection_sample'): 'a user of mmseg alone has no mmdet',
+}
 
 MODULES = sorted(PACKAGE.rglob('*.py'))
 IDS = [path.relative_to(PACKAGE).as_posix() for path in MODULES]
