@@ -36,14 +36,17 @@ from mmengine.hooks import CheckpointHook
 from mmengine.logging import HistoryBuffer
 from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
+from torch import nn
 
 from mmstructkd.errors import CheckpointError, ConfigError, suggest
 
 __all__ = [
     'install',
     'local_checkpoint',
+    'pad_value',
     'prepare_cpu_distributed',
     'read_checkpoint',
+    'swaps_channels',
 ]
 
 # Marks a function that stands in front of one of mmengine's, so that no second one is put before it.
@@ -80,6 +83,27 @@ def _has_distribution(name: str) -> bool:
     except PackageNotFoundError:
         return False
     return True
+
+
+# --- data preprocessors --------------------------------------------------------------------------------------
+
+
+def swaps_channels(preprocessor: nn.Module) -> bool:
+    """Tell whether a data preprocessor turns BGR into RGB (or back).
+
+    mmengine and mmdet keep it in ``_channel_conversion``, and so does mmseg of
+    the onedl line; mmseg of the openmmlab line keeps it in ``channel_conversion``.
+    """
+    private = getattr(preprocessor, '_channel_conversion', False)
+    return bool(getattr(preprocessor, 'channel_conversion', private))
+
+
+def pad_value(preprocessor: nn.Module) -> float:
+    """Return what a data preprocessor pads with, after normalisation.
+
+    mmseg pads with its ``pad_val`` on both lines, mmengine and mmdet with ``pad_value``.
+    """
+    return float(getattr(preprocessor, 'pad_val', getattr(preprocessor, 'pad_value', 0)))
 
 
 # --- reading checkpoints -------------------------------------------------------------------------------------

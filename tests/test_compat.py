@@ -24,6 +24,7 @@ import mmengine.runner.runner
 import numpy as np
 import pytest
 import torch
+from mmdet.models import DetDataPreprocessor
 from mmengine.config import Config
 from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.fileio import LocalBackend, register_backend
@@ -31,9 +32,10 @@ from mmengine.fileio.backends import BaseStorageBackend
 from mmengine.fileio.backends.registry_utils import backends
 from mmengine.hooks import CheckpointHook
 from mmengine.logging import HistoryBuffer
-from mmengine.model import BaseModel
+from mmengine.model import BaseModel, ImgDataPreprocessor
 from mmengine.registry import MODEL_WRAPPERS
 from mmengine.runner import Runner
+from mmseg.models import SegDataPreProcessor
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -143,6 +145,22 @@ def test_mmseg_bases_resolve_on_this_line(tmp_path):
     file = tmp_path / 'config.py'
     file.write_text("_base_ = ['mmseg::_base_/models/fcn_unet_s5-d16.py']\n")
     assert Config.fromfile(file).model.type == 'EncoderDecoder'
+
+
+# --- data preprocessors --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('bgr_to_rgb', [True, False])
+@pytest.mark.parametrize('package', ['mmengine', 'mmseg', 'mmdet'])
+def test_preprocessor_is_read_on_both_lines(package, bgr_to_rgb):
+    kind, pad = {
+        'mmengine': (ImgDataPreprocessor, 'pad_value'),
+        'mmseg': (SegDataPreProcessor, 'pad_val'),
+        'mmdet': (DetDataPreprocessor, 'pad_value'),
+    }[package]
+    preprocessor = kind(mean=[0.0] * 3, std=[1.0] * 3, bgr_to_rgb=bgr_to_rgb, **{pad: 7})
+    assert compat.swaps_channels(preprocessor) is bgr_to_rgb
+    assert compat.pad_value(preprocessor) == 7
 
 
 # --- reading -------------------------------------------------------------------------------------------------

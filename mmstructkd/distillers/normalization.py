@@ -9,6 +9,8 @@ import torch
 from mmengine.model import BaseDataPreprocessor
 from torch import Tensor
 
+from mmstructkd.compat import pad_value, swaps_channels
+
 __all__ = ['InputConversion', 'valid_area']
 
 
@@ -57,14 +59,14 @@ class InputConversion:
         mean_s, std_s, mean_t, std_t = torch.broadcast_tensors(
             *self._statistics(student), *self._statistics(teacher), torch.zeros(3, dtype=torch.float64)
         )[:4]  # three channels at the least
-        self.flip = self._swaps(student) != self._swaps(teacher)
+        self.flip = swaps_channels(student) != swaps_channels(teacher)
         if self.flip:
             mean_s, std_s = mean_s.flip(0), std_s.flip(0)
         self.scale = (std_s / std_t).float()
         self.shift = ((mean_s - mean_t) / std_t).float()
-        self.pad_value = self._pad(teacher)
+        self.pad_value = pad_value(teacher)
         same = bool(((self.scale - 1).abs() < 1e-6).all() and (self.shift.abs() < 1e-6).all())
-        self.identity = same and not self.flip and self._pad(student) == self.pad_value
+        self.identity = same and not self.flip and pad_value(student) == self.pad_value
 
     @staticmethod
     def _statistics(preprocessor: BaseDataPreprocessor) -> tuple[Tensor, Tensor]:
@@ -72,16 +74,6 @@ class InputConversion:
         if not getattr(preprocessor, '_enable_normalize', False):
             return torch.zeros(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64)
         return preprocessor.mean.flatten().cpu().double(), preprocessor.std.flatten().cpu().double()
-
-    @staticmethod
-    def _swaps(preprocessor: BaseDataPreprocessor) -> bool:
-        """Whether the channels of the file (BGR) are swapped."""
-        return bool(getattr(preprocessor, '_channel_conversion', False))
-
-    @staticmethod
-    def _pad(preprocessor: BaseDataPreprocessor) -> float:
-        """Value of padded pixels after normalisation."""
-        return float(getattr(preprocessor, 'pad_value', 0))
 
     def __call__(self, inputs: Tensor, data_samples: Sequence[Any] | None) -> Tensor:
         """Convert a batch.
