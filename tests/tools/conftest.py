@@ -38,7 +38,7 @@ def run_tool() -> Callable[..., subprocess.CompletedProcess]:
     def run(name: str, *arguments: object) -> subprocess.CompletedProcess:
         env = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}
         command = [sys.executable, str(ROOT / 'tools' / f'{name}.py'), *map(str, arguments)]
-        return subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=300)
+        return subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=900)
 
     return run
 
