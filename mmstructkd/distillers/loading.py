@@ -90,9 +90,7 @@ def model_config(config: str | Mapping[str, Any], owner: str) -> ConfigDict:
         whole = 'model' in config and 'type' not in config
         cfg = Config(copy.deepcopy(dict(config)) if whole else {'model': copy.deepcopy(dict(config))})
     else:
-        raise ConfigError(
-            f"{owner}: `config` must be a path, 'mmseg::...' or a dict, got {type(config).__name__}."
-        )
+        raise ConfigError(f"{owner}: `config` must be a path, 'mmseg::...' or a dict, got {type(config).__name__}.")
     if cfg.get('model') is None or 'type' not in cfg.model:
         raise ConfigError(f'{owner}: `config` must define `model` with a `type`, got keys {sorted(cfg.keys())}.')
     model = copy.deepcopy(cfg.model)

@@ -106,15 +106,15 @@ class Term(nn.Module):
         config = self.loss_config
         if not isinstance(config, Mapping) or 'type' not in config:
             raise ConfigError(
-                f"term {self.name!r}: `loss` must be a dict with a `type`, got {config!r}. "
+                f'term {self.name!r}: `loss` must be a dict with a `type`, got {config!r}. '
                 "Example: dict(type='mmstructkd.PixelwiseKLLoss', loss_weight=1.0)."
             )
         kind = config['type']
         if isinstance(kind, str) and MODELS.get(kind) is None:
             known = [k for k, v in MODELS.module_dict.items() if issubclass(v, DistillLoss)]
             raise ConfigError(
-                f"term {self.name!r}: `loss` must name a registered loss, got {kind!r}. "
-                f"{suggest(kind.split('.')[-1], known)}"
+                f'term {self.name!r}: `loss` must name a registered loss, got {kind!r}. '
+                f'{suggest(kind.split(".")[-1], known)}'
             )
         try:
             loss = MODELS.build(dict(config))

@@ -83,8 +83,7 @@ class Tap:
         modules = dict(network.named_modules())
         if self.module not in modules:
             raise TapError(
-                f'{owner} must name a module of {type(network).__name__}, got {self.module!r}. '
-                f'{self._nearest(modules)}'
+                f'{owner} must name a module of {type(network).__name__}, got {self.module!r}. {self._nearest(modules)}'
             )
         return modules[self.module]
 

@@ -83,9 +83,7 @@ def test_the_checkpoint_is_the_student(tmp_path: Path, plain_file: str, load_rep
     own = Config.fromstring(content['meta']['cfg'], '.py')
     assert own.model.type == 'EncoderDecoder'
     assert 'StructuredDistiller' in content['mmstructkd']['config']
-    assert content['mmstructkd']['teacher'] == dict(
-        type='FrozenTeacher', config='inline', checkpoint=None, sha256=None
-    )
+    assert content['mmstructkd']['teacher'] == dict(type='FrozenTeacher', config='inline', checkpoint=None, sha256=None)
     kept = content['mmstructkd']['terms']
     assert any('critic' in key for key in kept)
     assert any('connectors' in key for key in kept)

@@ -82,12 +82,14 @@ def test_records_outputs_inputs_and_calls() -> None:
 
 def test_a_tuple_must_be_indexed() -> None:
     net = Shared()
-    with pytest.raises(TapError, match=r"got tuple. Pick one: 'neck\[0\]', 'neck\[1\]'"), Capture(
-        net, [Tap.parse('neck')]
+    with (
+        pytest.raises(TapError, match=r"got tuple. Pick one: 'neck\[0\]', 'neck\[1\]'"),
+        Capture(net, [Tap.parse('neck')]),
     ):
         net(torch.rand(1, 1, 2, 2))
-    with pytest.raises(TapError, match=r'`\[5\]` must exist in the output, got tuple of 2'), Capture(
-        net, [Tap.parse('neck[5]')]
+    with (
+        pytest.raises(TapError, match=r'`\[5\]` must exist in the output, got tuple of 2'),
+        Capture(net, [Tap.parse('neck[5]')]),
     ):
         net(torch.rand(1, 1, 2, 2))
     assert not net.neck._forward_hooks
