@@ -16,7 +16,9 @@ A training that finished with the same config, seed, teacher and code is not rep
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
+import io
 import json
 import os
 import resource
@@ -428,16 +430,17 @@ def report(args: argparse.Namespace, configs: dict[str, Path], trainings: Sequen
     student = out / 'distilled_student.pth'
     export(configs[DISTILLED], first[DISTILLED], student, out / 'export.log')
     cfg = Config.fromfile(configs[ALONE])
-    init_default_scope(cfg.default_scope)
-    networks = {
-        TEACHER: load(configs[TEACHER], first[TEACHER].checkpoint),
-        ALONE: load(configs[ALONE], first[ALONE].checkpoint),
-        DISTILLED: load(configs[ALONE], student),  # the student's own config loads it
-    }
-    size = tuple(cfg.val_dataloader.dataset.size)
-    sizes = {name: complexity(network, size) for name, network in networks.items()}
-    seconds = dict(zip(networks, latency(list(networks.values()), size), strict=True))
-    draw(out / 'picture.png', cfg, networks, {name: training.metric for name, training in first.items()})
+    with contextlib.redirect_stdout(io.StringIO()):  # mmseg and mmdet print, while imported, what they do without
+        init_default_scope(cfg.default_scope)
+        networks = {
+            TEACHER: load(configs[TEACHER], first[TEACHER].checkpoint),
+            ALONE: load(configs[ALONE], first[ALONE].checkpoint),
+            DISTILLED: load(configs[ALONE], student),  # the student's own config loads it
+        }
+        size = tuple(cfg.val_dataloader.dataset.size)
+        sizes = {name: complexity(network, size) for name, network in networks.items()}
+        seconds = dict(zip(networks, latency(list(networks.values()), size), strict=True))
+        draw(out / 'picture.png', cfg, networks, {name: training.metric for name, training in first.items()})
 
     height, width = size
     text = '\n\n'.join(
