@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from mmstructkd.datasets import scenes
+from mmstructkd.datasets import scene_shapes, scenes
+from mmstructkd.datasets.scene_layout import SceneObject, draw_layout
 from mmstructkd.datasets.scenes import (
     CLASSES,
     IGNORE_INDEX,
@@ -56,16 +58,18 @@ def test_same_scene_whatever_was_rendered_before() -> None:
 
 
 def test_same_scene_in_another_process() -> None:
-    # the file by itself: importing the package would import mmseg and mmdet too
+    # the folder as a package by itself: its own __init__ would import mmseg and mmdet too
     code = f"""
-import hashlib, importlib.util, sys
-spec = importlib.util.spec_from_file_location('scenes', {scenes.__file__!r})
-sys.modules['scenes'] = module = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(module)
-scene = module.render_scene(5, 11)
+import hashlib, sys, types
+sys.modules['mmstructkd.datasets'] = package = types.ModuleType('mmstructkd.datasets')
+package.__path__ = [{str(Path(scenes.__file__).parent)!r}]
+from mmstructkd.datasets.scenes import render_scene
+assert 'mmseg' not in sys.modules
+scene = render_scene(5, 11)
 print(hashlib.sha256(b''.join(getattr(scene, name).tobytes() for name in {FIELDS})).hexdigest())
 """
-    out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
+    root = Path(scenes.__file__).parents[2]
+    out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, cwd=root)
     assert out.stdout.strip() == digest(render_scene(5, 11))
 
 
@@ -83,12 +87,12 @@ def test_seed_and_index_both_count() -> None:
 
 def test_single_precision_throughout() -> None:
     # a double that creeps in would round differently under NumPy 1 and 2
-    layout, _ = scenes._layout(3, 0)
+    layout, _ = draw_layout(3, 0)
     canvas = scenes._Canvas(layout, (64, 64))
     canvas.draw_sky()
     canvas.draw_ground()
-    hits = [scenes._cast(o, layout, canvas.camera) for o in layout.objects]
-    hits += [scenes._cast_plane(p, layout, canvas.camera) for p in layout.planes]
+    hits = [scene_shapes.cast_object(o, layout, canvas.camera) for o in layout.objects]
+    hits += [scene_shapes.cast_plane(p, layout, canvas.camera) for p in layout.planes]
     for hit in hits:
         if hit is not None:
             assert {a.dtype for a in (hit.depth, hit.light, hit.colour)} == {np.dtype(np.float32)}
@@ -153,19 +157,19 @@ def test_depth_is_metres_or_no_reading(family: list[Scene]) -> None:
 @pytest.mark.parametrize('index', range(6))
 def test_the_nearest_surface_wins(index: int) -> None:
     # draw each object into an empty world, then compare with all of them together
-    layout, _ = scenes._layout(3, index)
+    layout, _ = draw_layout(3, index)
     size = (96, 96)
     alone = []
     for number, o in enumerate(layout.objects, start=1):
         canvas = scenes._Canvas(layout, size)
-        hit = scenes._cast(o, layout, canvas.camera)
+        hit = scene_shapes.cast_object(o, layout, canvas.camera)
         if hit is not None:
             canvas.put(hit, 0, number)
         alone.append(canvas.depth)
     backdrop = scenes._Canvas(layout, size)
     backdrop.draw_ground()
     for plane in layout.planes:
-        hit = scenes._cast_plane(plane, layout, backdrop.camera)
+        hit = scene_shapes.cast_plane(plane, layout, backdrop.camera)
         if hit is not None:
             backdrop.put(hit, 0, 0)
     stack = np.stack([backdrop.depth, *alone])
@@ -178,7 +182,7 @@ def test_the_nearest_surface_wins(index: int) -> None:
 
 def test_objects_stand_where_the_layout_says() -> None:
     # the depth of an object lies within its extent along the axis, and near things look bigger
-    layout, _ = scenes._layout(3, 1)
+    layout, _ = draw_layout(3, 1)
     scene = render_scene(3, 1)
     checked = 0
     for number, o in enumerate(layout.objects, start=1):
@@ -192,12 +196,12 @@ def test_objects_stand_where_the_layout_says() -> None:
 
 def test_perspective() -> None:
     # the same ball at twice the distance covers about a quarter of the pixels
-    layout, _ = scenes._layout(3, 0)
-    camera = scenes._Camera(layout, (256, 256))
+    layout, _ = draw_layout(3, 0)
+    camera = scene_shapes.Camera(layout, (256, 256))
     areas = []
     for z in (5.0, 10.0):
-        ball = scenes._Object('ball', 0.0, z, 0.7, 1.4)
-        areas.append(scenes._cast(ball, layout, camera).mask.sum())
+        ball = SceneObject('ball', 0.0, z, 0.7, 1.4)
+        areas.append(scene_shapes.cast_object(ball, layout, camera).mask.sum())
     assert areas[0] / areas[1] == pytest.approx(4.0, rel=0.1)
 
 
