@@ -21,15 +21,13 @@ from rich.text import Text
 
 from mmstructkd import compat
 from mmstructkd.distillers import StructuredDistiller
+from mmstructkd.distillers.batches import input_size, real_batch, synthetic_batch
 from mmstructkd.distillers.preflight import (
     CostReport,
     Trial,
     build_distiller,
-    input_size,
     measure_cost,
     peak_factor,
-    real_batch,
-    synthetic_batch,
     try_batch,
 )
 from mmstructkd.errors import CheckpointError, ConfigError, ShapeError, TapError

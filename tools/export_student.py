@@ -32,8 +32,9 @@ from mmengine.registry import init_default_scope
 from torch import Tensor, nn
 
 from mmstructkd import compat
+from mmstructkd.distillers.batches import input_size, synthetic_batch
 from mmstructkd.distillers.loading import build_network, load_weights, student_config
-from mmstructkd.distillers.preflight import framework_of, input_size, synthetic_batch
+from mmstructkd.distillers.targets import task_of
 from mmstructkd.errors import CheckpointError, ConfigError, ShapeError, TapError
 
 KEYS = {'state_dict', 'meta'}
@@ -149,7 +150,7 @@ def verify(path: Path, cfg: Config, reference: BaseModel, batch: dict[str, Any])
     content = torch.load(path, map_location='cpu', weights_only=True)
     if set(content) != KEYS:
         raise CheckpointError(f'verify: the exported file must hold {sorted(KEYS)}, got {sorted(content)}.')
-    model = load_as_users_do(cfg, path, framework_of(reference))
+    model = load_as_users_do(cfg, path, 'mmdet' if task_of(reference) == 'det' else 'mmseg')
     own, given = model.state_dict(), content['state_dict']
     missing, unexpected = sorted(set(own) - set(given)), sorted(set(given) - set(own))
     if missing or unexpected:
@@ -232,7 +233,7 @@ def check_onnx_possible(model: BaseModel) -> None:
             f'export_student: `--onnx` must find onnx and onnxruntime, got no {" and no ".join(absent)}. '
             f'pip install {" ".join(absent)}'
         )
-    if framework_of(model) == 'mmdet':
+    if task_of(model) == 'det':
         raise ConfigError(
             f'export_student: `--onnx` must get a segmentor or depth estimator, got {type(model).__name__}. '
             'Boxes need post-processing in the graph: export the plain checkpoint with mmdeploy.'

@@ -15,24 +15,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.model import BaseModel
 from mmengine.registry import init_default_scope
-from mmengine.runner import Runner, set_random_seed
-from mmengine.structures import InstanceData, PixelData
-from torch import Tensor, nn
+from mmengine.runner import set_random_seed
+from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from mmstructkd import compat
 from mmstructkd.distillers.loading import DISTILLER, _drop_pretrained
-from mmstructkd.distillers.structured_distiller import StructuredDistiller
-from mmstructkd.distillers.targets import collect_targets, head_of
+from mmstructkd.distillers.structured_distiller import Observation, StructuredDistiller
 from mmstructkd.distillers.term import Term
 from mmstructkd.errors import CheckpointError, ConfigError, TapError
 from mmstructkd.registry import MODELS
-from mmstructkd.taps import Capture
 
 __all__ = [
     'CostReport',
@@ -41,16 +37,12 @@ __all__ = [
     'Trial',
     'build_distiller',
     'gradient_share',
-    'input_size',
     'measure_cost',
     'peak_factor',
-    'real_batch',
-    'synthetic_batch',
     'try_batch',
 ]
 
 OWNER = 'Preflight'
-DEFAULT_SIZE = (512, 512)
 
 
 @dataclass(frozen=True)
@@ -271,124 +263,6 @@ def peak_factor(term: Term, cfg: Config) -> tuple[float, float]:
     return term.schedule.factor(0, last), max(term.schedule.factor(step, last) for step in steps)
 
 
-# --- batches -------------------------------------------------------------------------------------------------
-
-
-def real_batch(cfg: Config, model: BaseModel, *, batch_size: int | None = None) -> dict[str, Any]:
-    """Take the first batch of the train dataloader, preprocessed.
-
-    Args:
-        cfg: the config.
-        model: whose data preprocessor is used; the batch goes to its device.
-        batch_size: replaces the config's.
-
-    Returns:
-        ``inputs`` (B, 3, H, W) and ``data_samples``.
-
-    Raises:
-        ConfigError: there is no dataloader, or its data are not there.
-    """
-    settings = copy.deepcopy(cfg.get('train_dataloader'))
-    if not isinstance(settings, Mapping):
-        raise ConfigError(
-            f'{OWNER}: the config must define `train_dataloader`, got {settings!r}. Add it, or pass --synthetic.'
-        )
-    settings.update(num_workers=0, persistent_workers=False)
-    settings.pop('prefetch_factor', None)
-    if batch_size is not None:
-        settings['batch_size'] = batch_size
-    init_default_scope(cfg.get('default_scope', 'mmengine'))
-    try:
-        batch = next(iter(Runner.build_dataloader(settings, seed=(cfg.get('randomness') or {}).get('seed') or 0)))
-    except (OSError, StopIteration) as err:
-        reason = 'no batch at all' if isinstance(err, StopIteration) else f'{type(err).__name__}: {err}'
-        raise ConfigError(
-            f'{OWNER}: `train_dataloader` must give a batch, got {reason}. Put the data there, or pass --synthetic.'
-        ) from err
-    return model.data_preprocessor(batch, True)
-
-
-def input_size(cfg: Config, model: BaseModel) -> tuple[int, int]:
-    """Size that training feeds: the preprocessor's, else ``crop_size``, else 512x512.
-
-    Args:
-        cfg: the config.
-        model: the model with its data preprocessor.
-
-    Returns:
-        (H, W).
-    """
-    size = getattr(model.data_preprocessor, 'size', None) or cfg.get('crop_size') or DEFAULT_SIZE
-    return (int(size[0]), int(size[1])) if isinstance(size, Sequence) else (int(size), int(size))
-
-
-def framework_of(model: nn.Module) -> str:
-    """``'mmdet'`` for a detector, else ``'mmseg'``: by the package of its base classes."""
-    roots = [base.__module__.split('.')[0] for base in type(model).__mro__]
-    return next((root for root in roots if root in ('mmseg', 'mmdet')), 'mmseg')
-
-
-def synthetic_batch(
-    model: BaseModel, size: tuple[int, int], batch_size: int = 2, *, seed: int = 0, training: bool = True
-) -> dict[str, Any]:
-    """Make a batch of noise with random labels, and preprocess it as real data.
-
-    Segmentors get class masks and depth maps, detectors boxes and masks.
-
-    Args:
-        model: a segmentor, depth estimator, detector, or a distiller of one.
-        size: (H, W) of the images.
-        batch_size: number of images.
-        seed: of the noise; the global random stream is not used.
-        training: handed to the data preprocessor.
-
-    Returns:
-        ``inputs`` (B, 3, H, W) and ``data_samples``.
-    """
-    network = getattr(model, 'student', model)
-    generator = torch.Generator().manual_seed(seed)
-    classes = getattr(head_of(network), 'num_classes', None) or 2
-    make = _detection_sample if framework_of(network) == 'mmdet' else _segmentation_sample
-    meta = {'img_shape': size, 'ori_shape': size, 'pad_shape': size, 'scale_factor': (1.0, 1.0), 'flip': False}
-    data = {
-        'inputs': [
-            torch.randint(0, 256, (3, *size), generator=generator, dtype=torch.uint8) for _ in range(batch_size)
-        ],
-        'data_samples': [make(size, classes, meta, generator) for _ in range(batch_size)],
-    }
-    return model.data_preprocessor(data, training)
-
-
-def _segmentation_sample(size: tuple[int, int], classes: int, meta: dict, generator: torch.Generator) -> Any:
-    """Labels and depth in metres of one image."""
-    from mmseg.structures import SegDataSample
-
-    sample = SegDataSample(metainfo=meta)
-    sample.gt_sem_seg = PixelData(data=torch.randint(0, classes, (1, *size), generator=generator))
-    sample.set_data({'gt_depth_map': PixelData(data=torch.rand(1, *size, generator=generator) * 9 + 1)})
-    return sample
-
-
-def _detection_sample(size: tuple[int, int], classes: int, meta: dict, generator: torch.Generator) -> Any:
-    """Three boxes of one image, each with the mask of its whole area."""
-    from mmdet.structures import DetDataSample
-    from mmdet.structures.mask import BitmapMasks
-
-    scale = torch.tensor([size[1], size[0]])
-    corners = torch.rand(3, 2, generator=generator) * 0.5
-    sides = torch.rand(3, 2, generator=generator) * 0.4 + 0.1
-    boxes = torch.cat([corners * scale, (corners + sides) * scale], dim=1)
-    masks = np.zeros((3, *size), dtype=np.uint8)
-    for mask, (left, top, right, bottom) in zip(masks, boxes.round().int().tolist(), strict=True):
-        mask[top:bottom, left:right] = 1
-    sample = DetDataSample(metainfo=meta)
-    sample.gt_instances = InstanceData(
-        bboxes=boxes, labels=torch.randint(0, classes, (3,), generator=generator), masks=BitmapMasks(masks, *size)
-    )
-    sample.ignored_instances = InstanceData(bboxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.int64))
-    return sample
-
-
 # --- one step, looked at closely -----------------------------------------------------------------------------
 
 
@@ -432,14 +306,14 @@ def _norms(value: Tensor, edges: Sequence[Tensor | GradientEdge | None]) -> list
     return norms
 
 
-def _score_raw(term: Term, student: Mapping, teacher: Mapping, targets: Any) -> dict[str, Tensor]:
+def _score_raw(term: Term, seen: Observation) -> dict[str, Tensor]:
     """Score a term with weight 1, whatever its schedule says."""
     weights, factor = [loss.loss_weight for loss in term.losses], term.factor
     try:
         term.factor = 1.0
         for loss in term.losses:
             loss.loss_weight = 1.0
-        return term(student, teacher, targets, all_parts=True)
+        return term(seen.student, seen.teacher, seen.targets, seen.regions, all_parts=True)
     finally:
         term.factor = factor
         for loss, weight in zip(term.losses, weights, strict=True):
@@ -471,27 +345,24 @@ def try_batch(
     inputs, samples = batch['inputs'], batch['data_samples']
     terms: list[Term] = list(distiller.terms.values())
     problems: list[str] = []
-    teacher = distiller.teacher.observe(inputs, samples, [tap for term in terms for tap in term.teacher_taps])
-    cloned = distiller._clone
-    with Capture(distiller.student, [tap for term in terms for tap in term.student_taps], clone=cloned) as capture:
-        losses = distiller.student(inputs, samples, mode='loss')
+    losses, seen = distiller.observe(inputs, samples, terms)
+    capture, cloned = seen.capture, distiller._clone
     task, logged = distiller.student.parse_losses(losses)
     task_losses = {name: _number(value) for name, value in logged.items() if 'loss' in name and name != 'loss'}
     for tap in sorted(capture.changed_in_place() - cloned, key=str):
         problems.append(f'The student changes {str(tap)!r} in place in training: tap another module.')
-    targets = collect_targets(distiller.student, inputs, samples)
     size = (int(inputs.shape[-2]), int(inputs.shape[-1]))
 
     reports = []
     for term in terms:
         start, factor = (term.factor, term.factor) if factors is None else factors[term.name]
-        pairs = term.pairs(capture.records, teacher)
+        pairs = term.pairs(seen.student, seen.teacher)
         if len(pairs) != len(term.levels):
             raise TapError(
                 f'term {term.name!r}: `tap` must be passed as often in training as in the probe '
                 f'({len(term.levels)} times), got {len(pairs)}. Tap a module that runs alike in both.'
             )
-        scored = _score_raw(term, capture.records, teacher, targets)
+        scored = _score_raw(term, seen)
         key = f'loss_kd_{term.name}'
         raw, weight = scored[key], term.loss.loss_weight * factor
         edges = [_edge(tensor, tap in cloned) for tap in term.student_taps for tensor in capture.records[tap]]
@@ -529,7 +400,7 @@ def try_batch(
     task_loss = _number(task)
     if not math.isfinite(task_loss):
         problems.append(f'The loss of the task is {task_loss}.')
-    del task, losses, capture, pairs, scored, raw, edges  # the graph goes before the next step makes another
+    del task, losses, seen, capture, pairs, scored, raw, edges  # the graph goes before the next step makes another
 
     without, zero = _unreached(distiller, batch)
     return Trial(
@@ -619,11 +490,13 @@ def measure_cost(distiller: StructuredDistiller, batch: Mapping[str, Any], *, ru
         raise ConfigError(f'measure_cost: `runs` must be an integer above 0, got {runs!r}.')
     inputs, samples = batch['inputs'], batch['data_samples']
     on_cuda = inputs.is_cuda
-    teacher_taps = [tap for term in distiller.terms.values() if term.active for tap in term.teacher_taps]
+    active = [term for term in distiller.terms.values() if term.active]
+    teacher_taps = [tap for term in active for tap in term.teacher_taps]
+    regions = distiller.observe(inputs, samples, active)[1].regions
 
     def teacher() -> None:
         if teacher_taps:
-            distiller.teacher.observe(inputs, samples, teacher_taps)
+            distiller.teacher.observe(inputs, samples, teacher_taps, regions=regions)
 
     works: dict[str, Callable[[], Any]] = {
         'student': lambda: _summed_loss(distiller.student, batch).backward(),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,12 +16,13 @@ from mmengine.model import BaseModel
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
-from mmstructkd.distillers.targets import collect_targets, head_of
+from mmstructkd.distillers.targets import collect_targets, head_of, probe_samples, probe_targets, task_of
 from mmstructkd.distillers.teacher import TeacherSource
-from mmstructkd.distillers.term import parse_terms
+from mmstructkd.distillers.term import Term, parse_terms
 from mmstructkd.errors import CheckpointError, ConfigError
 from mmstructkd.registry import HOOKS, MODELS
-from mmstructkd.taps import Capture, tapped_forward
+from mmstructkd.structures import Targets
+from mmstructkd.taps import Capture, RegionRecorder, Regions, Tap, probe_regions, tapped_forward
 
 __all__ = ['StructuredDistiller']
 
@@ -49,6 +51,28 @@ def in_eval(network: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+@dataclass(frozen=True, eq=False)
+class Observation:
+    """What both networks showed of a batch.
+
+    Attributes:
+        capture: the student's records.
+        teacher: the teacher's tensors by tap.
+        targets: what the batch knows.
+        regions: what the student's RoI head pooled, where it is tapped.
+    """
+
+    capture: Capture
+    teacher: dict[Tap, list[Tensor]]
+    targets: Targets
+    regions: Regions | None
+
+    @property
+    def student(self) -> dict[Tap, list[Tensor]]:
+        """The student's tensors by tap."""
+        return self.capture.records
 
 
 @MODELS.register_module()
@@ -136,16 +160,18 @@ class StructuredDistiller(BaseModel):
             for term in self.terms.values():
                 for tap in term.teacher_taps:
                     tap.resolve(teacher_network, f'term {term.name!r}: `teacher`')
-        inputs = torch.zeros(1, 3, *PROBE_SIZE)
+        inputs, samples = torch.zeros(1, 3, *PROBE_SIZE), probe_samples(1, PROBE_SIZE)
+        regions = probe_regions(1, PROBE_SIZE)
         student_taps = [tap for term in self.terms.values() for tap in term.student_taps]
         teacher_taps = [tap for term in self.terms.values() for tap in term.teacher_taps]
         with in_eval(self.student), torch.no_grad():
-            capture = tapped_forward(self.student, inputs, None, student_taps)
+            capture = tapped_forward(self.student, inputs, samples, student_taps, regions=regions)
         self._clone = capture.changed_in_place()
-        observed = self._teacher.probe(inputs, None, teacher_taps)
+        observed = self._teacher.probe(inputs, samples, teacher_taps)
         classes = (_num_classes(self.student), _num_classes(teacher_network))
+        known = probe_targets(task_of(self.student), 1, classes[0])
         for term in self.terms.values():
-            term.bind(capture.records, observed.records, classes)
+            term.bind(capture.records, observed.records, classes, known, regions, teacher_network)
             for level in term.levels:
                 print_log(
                     f'term {term.name!r}: student {level.student_tap} {level.student}, '
@@ -184,6 +210,8 @@ class StructuredDistiller(BaseModel):
         """Move the teacher along with ``.to()``, ``.cuda()`` and the like."""
         super()._apply(fn, recurse)
         self._teacher.move(fn)
+        for term in self.terms.values():
+            term.attach(getattr(self._teacher, 'network', None))  # a move may have made a copy of it
         return self
 
     def init_weights(self) -> None:
@@ -208,16 +236,9 @@ class StructuredDistiller(BaseModel):
         if mode != 'loss':
             return self.student(inputs, data_samples, mode=mode)
         active = [term for term in self.terms.values() if term.active]
-        teacher_records = {}
-        if active:
-            taps = [tap for term in active for tap in term.teacher_taps]
-            teacher_records = self._teacher.observe(inputs, data_samples, taps)
-        student_taps = [tap for term in active for tap in term.student_taps]
-        with Capture(self.student, student_taps, clone=self._clone) as capture:
-            losses = self.student(inputs, data_samples, mode='loss')
-        targets = collect_targets(self.student, inputs, data_samples) if active else None
+        losses, seen = self.observe(inputs, data_samples, active)
         for term in self.terms.values():
-            scored = term(capture.records, teacher_records, targets)
+            scored = term(seen.student, seen.teacher, seen.targets, seen.regions)
             clash = sorted(set(scored) & set(losses))
             if clash:
                 raise ConfigError(
@@ -225,6 +246,41 @@ class StructuredDistiller(BaseModel):
                 )
             losses.update(scored)
         return losses
+
+    def observe(
+        self, inputs: Tensor, data_samples: Sequence[Any] | None, terms: Sequence[Term]
+    ) -> tuple[dict[str, Tensor], Observation]:
+        """Run both networks on a batch and listen at the taps of some terms.
+
+        The teacher goes first, so that what it needs on the way is gone before
+        the student's graph is there; but where a RoI head is tapped it goes
+        second, since it pools the regions that the student has chosen. Without
+        terms it does not run.
+
+        Args:
+            inputs: preprocessed images, shape (B, 3, H, W).
+            data_samples: one per image.
+            terms: the terms that count.
+
+        Returns:
+            The student's own losses, and what the terms need.
+        """
+        on_regions = any(term.on_regions for term in terms)
+        teacher_taps = [tap for term in terms for tap in term.teacher_taps]
+        teacher: dict[Tap, list[Tensor]] = {}
+        if terms and not on_regions:
+            teacher = self._teacher.observe(inputs, data_samples, teacher_taps)
+        student_taps = [tap for term in terms for tap in term.student_taps]
+        with (
+            RegionRecorder(self.student) if on_regions else contextlib.nullcontext() as recorder,
+            Capture(self.student, student_taps, clone=self._clone) as capture,
+        ):
+            losses = self.student(inputs, data_samples, mode='loss')
+        regions = None if recorder is None else recorder.regions
+        if on_regions:
+            teacher = self._teacher.observe(inputs, data_samples, teacher_taps, regions=regions)
+        targets = collect_targets(self.student, inputs, data_samples) if terms else Targets()
+        return losses, Observation(capture, teacher, targets, regions)
 
     def auxiliary_parameters(self) -> tuple[list[nn.Parameter], list[tuple[dict, list[nn.Parameter]]]]:
         """Parameters that only training needs.

@@ -2,48 +2,64 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+from mmengine.structures import BaseDataElement
 from torch import Tensor, nn
 
 from mmstructkd.distillers.normalization import valid_area
 from mmstructkd.structures import Targets
 
-__all__ = ['collect_targets', 'head_of']
+__all__ = ['collect_targets', 'head_of', 'probe_samples', 'probe_targets', 'region_targets', 'task_of']
+
+FOREGROUND_IOU = 0.5
 
 
 def head_of(network: nn.Module) -> nn.Module | None:
     """The head that knows the classes: the last decode head, or the box head."""
-    head = getattr(network, 'decode_head', None)
-    if isinstance(head, nn.ModuleList):
-        head = head[-1]
-    if head is None:
-        head = getattr(network, 'bbox_head', None)
-    if head is None:
-        head = getattr(getattr(network, 'roi_head', None), 'bbox_head', None)
-    return head
+    for holder, name in (
+        (network, 'decode_head'),
+        (network, 'bbox_head'),
+        (getattr(network, 'roi_head', None), 'bbox_head'),
+    ):
+        head = getattr(holder, name, None)
+        if head is not None:
+            return head[-1] if isinstance(head, nn.ModuleList) else head
+    return None
+
+
+def task_of(network: nn.Module) -> str:
+    """``'det'`` for a detector of mmdet, ``'depth'`` for mmseg's depth estimator, else ``'seg'``."""
+    bases = type(network).__mro__
+    if any(base.__module__.split('.')[0] == 'mmdet' for base in bases):
+        return 'det'
+    return 'depth' if any(base.__name__ == 'DepthEstimator' for base in bases) else 'seg'
 
 
 def collect_targets(network: nn.Module, inputs: Tensor, data_samples: Sequence[Any] | None) -> Targets:
-    """Gather labels and the area that counts.
+    """Gather labels, boxes, depth and the area that counts.
 
     Args:
         network: the student: its head says which label is ignored.
         inputs: the preprocessed batch, shape (B, 3, H, W).
-        data_samples: one per image; those of unlabelled images have no
-            ``gt_sem_seg``.
+        data_samples: one per image; what not all of them have is ``None``.
 
     Returns:
-        The targets, on the device of ``inputs``.
+        The targets, on the device of ``inputs``. Padding and what is no reading
+        (not finite, or not above 0) is 0 in ``depth``.
     """
     head = head_of(network)
     ignore_index = getattr(head, 'ignore_index', 255)
-    labels = None
-    if data_samples and all(hasattr(sample, 'gt_sem_seg') for sample in data_samples):
-        labels = torch.cat([sample.gt_sem_seg.data for sample in data_samples]).to(inputs.device, torch.int64)
-    valid = valid_area(inputs, data_samples)
+    area = valid_area(inputs, data_samples)
+    labels = _maps(data_samples, 'gt_sem_seg', inputs.device, torch.int64)
+    depth = _maps(data_samples, 'gt_depth_map', inputs.device, torch.float32)
+    if depth is not None:
+        reads = torch.isfinite(depth) & (depth > 0)
+        depth = torch.where(reads if area is None else reads & area, depth, 0)
+    valid = area
     if labels is not None:
         known = labels != ignore_index
         valid = known if valid is None else known & valid
@@ -54,4 +70,93 @@ def collect_targets(network: nn.Module, inputs: Tensor, data_samples: Sequence[A
         num_classes=getattr(head, 'num_classes', None),
         images=inputs,
         input_size=tuple(inputs.shape[-2:]),
+        boxes=_instances(data_samples, 'bboxes', inputs.device),
+        box_labels=_instances(data_samples, 'labels', inputs.device),
+        depth=depth,
     )
+
+
+def _maps(samples: Sequence[Any] | None, name: str, device: torch.device, dtype: torch.dtype) -> Tensor | None:
+    """Maps of one kind of all samples, (B, H, W); ``None`` where one of them has none."""
+    if not samples or not all(hasattr(sample, name) for sample in samples):
+        return None
+    return torch.cat([getattr(sample, name).data for sample in samples]).to(device, dtype)
+
+
+def _instances(samples: Sequence[Any] | None, name: str, device: torch.device) -> tuple[Tensor, ...] | None:
+    """One field of the true instances of each image."""
+    if not samples or not all(name in getattr(sample, 'gt_instances', ()) for sample in samples):
+        return None
+    fields = [getattr(sample.gt_instances, name) for sample in samples]
+    return tuple(getattr(value, 'tensor', value).to(device) for value in fields)  # mmdet may wrap boxes
+
+
+def region_targets(targets: Targets, regions: Tensor) -> Targets:
+    """What is known of pooled regions: their labels; maps of the image do not apply.
+
+    A region has the label of the true box that it overlaps most, at an IoU of
+    at least 0.5, and else ``num_classes``, which is mmdet's background.
+
+    Args:
+        targets: of the batch.
+        regions: shape (R, 5), the number of the image first.
+
+    Returns:
+        ``labels`` of shape (R,), where the batch has boxes; no masks.
+    """
+    labels = None
+    if targets.boxes is not None and targets.box_labels is not None and targets.num_classes is not None:
+        labels = torch.full((len(regions),), targets.num_classes, dtype=torch.int64, device=regions.device)
+        for image, (boxes, classes) in enumerate(zip(targets.boxes, targets.box_labels, strict=True)):
+            if len(boxes):
+                overlap, nearest = _iou(regions[:, 1:], boxes).max(dim=1)
+                mine = (regions[:, 0] == image) & (overlap >= FOREGROUND_IOU)
+                labels = torch.where(mine, classes[nearest], labels)
+    return Targets(labels=labels, ignore_index=-1, num_classes=targets.num_classes, input_size=targets.input_size)
+
+
+def _iou(first: Tensor, second: Tensor) -> Tensor:
+    """Overlap of each pair of boxes, (n, 4) and (m, 4) to (n, m)."""
+    corners = (
+        torch.maximum(first[:, None, :2], second[None, :, :2]),
+        torch.minimum(first[:, None, 2:], second[None, :, 2:]),
+    )
+    shared = (corners[1] - corners[0]).clamp(min=0).prod(dim=-1)
+    areas = [(boxes[:, 2:] - boxes[:, :2]).clamp(min=0).prod(dim=-1) for boxes in (first, second)]
+    return shared / (areas[0][:, None] + areas[1][None] - shared).clamp(min=1e-6)
+
+
+def probe_samples(images: int, size: tuple[int, int]) -> list[BaseDataElement]:
+    """Samples of whole images without labels, for a forward pass that asks for sizes."""
+    meta = dict.fromkeys(('img_shape', 'ori_shape', 'pad_shape', 'batch_input_shape'), size)
+    meta = {**meta, 'scale_factor': (1.0, 1.0), 'flip': False}
+    return [BaseDataElement(metainfo=meta) for _ in range(images)]
+
+
+def probe_targets(task: str, images: int, num_classes: int | None) -> Targets:
+    """What the batches of a task know, to try a loss with: a loss that needs more fails here.
+
+    Args:
+        task: of :func:`task_of`.
+        images: number of images.
+        num_classes: of the student.
+
+    Returns:
+        Targets of a 32 x 32 input.
+    """
+    size = (32, 32)
+    known = Targets(
+        valid=torch.ones(images, *size, dtype=torch.bool),
+        num_classes=num_classes,
+        images=torch.zeros(images, 3, *size),
+        input_size=size,
+    )
+    extra: dict[str, Any] = {}
+    if task == 'seg':
+        extra['labels'] = torch.zeros(images, *size, dtype=torch.int64)
+    elif task == 'depth':
+        extra['depth'] = torch.ones(images, *size)
+    else:
+        extra['boxes'] = (torch.tensor([[4.0, 4.0, 28.0, 20.0]]),) * images
+        extra['box_labels'] = (torch.zeros(1, dtype=torch.int64),) * images
+    return dataclasses.replace(known, **extra)

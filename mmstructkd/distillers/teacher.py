@@ -15,7 +15,7 @@ from mmstructkd.distillers.loading import build_network, load_weights
 from mmstructkd.distillers.normalization import InputConversion
 from mmstructkd.errors import ConfigError
 from mmstructkd.registry import MODELS
-from mmstructkd.taps import Capture, Tap, tapped_forward
+from mmstructkd.taps import Capture, Regions, Tap, probe_regions, tapped_forward
 
 __all__ = ['FrozenTeacher', 'TeacherSource']
 
@@ -38,9 +38,18 @@ class TeacherSource(ABC):
 
     @abstractmethod
     def observe(
-        self, inputs: Tensor, data_samples: Sequence[Any] | None, taps: Iterable[Tap]
+        self,
+        inputs: Tensor,
+        data_samples: Sequence[Any] | None,
+        taps: Iterable[Tap],
+        *,
+        regions: Regions | None = None,
     ) -> dict[Tap, list[Tensor]]:
-        """Return the detached tensors at ``taps`` for a batch of the student."""
+        """Return the detached tensors at ``taps`` for a batch of the student.
+
+        ``regions`` are those that the student's RoI head pooled, where a tap
+        lies in the teacher's.
+        """
 
     @abstractmethod
     def move(self, function: Callable[[Tensor], Tensor]) -> None:
@@ -119,13 +128,19 @@ class FrozenTeacher(TeacherSource):
         self._convert = InputConversion(student.data_preprocessor, self.network.data_preprocessor)
 
     def _forward(
-        self, inputs: Tensor, data_samples: Sequence[Any] | None, taps: Iterable[Tap], calls: Mapping[Tap, int] | None
+        self,
+        inputs: Tensor,
+        data_samples: Sequence[Any] | None,
+        taps: Iterable[Tap],
+        calls: Mapping[Tap, int] | None,
+        regions: Regions | None,
     ) -> Capture:
         """Run the network on a batch of the student."""
-        taps = tuple(taps)
         with torch.no_grad():
             inputs = inputs if self._convert is None else self._convert(inputs, data_samples)
-            return tapped_forward(self.network, inputs, data_samples, taps, calls=calls, clone=self._clone)
+            return tapped_forward(
+                self.network, inputs, data_samples, taps, calls=calls, clone=self._clone, regions=regions
+            )
 
     def probe(self, inputs: Tensor, data_samples: Sequence[Any] | None, taps: Iterable[Tap]) -> Capture:
         """Run a full forward; remember how often each tap is passed and what is changed in place.
@@ -138,13 +153,19 @@ class FrozenTeacher(TeacherSource):
         Returns:
             The capture with all records.
         """
-        capture = self._forward(inputs, data_samples, taps, None)
+        regions = probe_regions(len(inputs), tuple(inputs.shape[-2:]))
+        capture = self._forward(inputs, data_samples, taps, None, regions)
         self._clone = capture.changed_in_place()
-        self._calls = {tap: len(records) for tap, records in capture.records.items()}
+        self._calls = capture.passes
         return capture
 
     def observe(
-        self, inputs: Tensor, data_samples: Sequence[Any] | None, taps: Iterable[Tap]
+        self,
+        inputs: Tensor,
+        data_samples: Sequence[Any] | None,
+        taps: Iterable[Tap],
+        *,
+        regions: Regions | None = None,
     ) -> dict[Tap, list[Tensor]]:
         """Return the tensors at ``taps``; nothing behind the deepest of them runs.
 
@@ -152,11 +173,12 @@ class FrozenTeacher(TeacherSource):
             inputs: a batch in the student's normalisation, shape (B, 3, H, W).
             data_samples: one per image, or ``None``.
             taps: taps that were probed.
+            regions: what a RoI head pools, for taps in it.
 
         Returns:
             For each tap its tensors in the order of the calls, without graph.
         """
-        return self._forward(inputs, data_samples, taps, self._calls).records
+        return self._forward(inputs, data_samples, taps, self._calls, regions).records
 
     def move(self, function: Callable[[Tensor], Tensor]) -> None:
         """Move or cast the network, a copy of its own where it is shared.

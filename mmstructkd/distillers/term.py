@@ -9,19 +9,22 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from mmstructkd.distillers.schedule import WeightSchedule
-from mmstructkd.errors import ConfigError, ShapeError, TapError, check_finite_number, suggest
+from mmstructkd.distillers.targets import region_targets
+from mmstructkd.errors import ConfigError, ShapeError, TapError, check_finite_number, check_one_of, suggest
 from mmstructkd.functional.resize import resize_map
 from mmstructkd.losses.base import DistillLoss
 from mmstructkd.registry import MODELS
 from mmstructkd.structures import Targets
-from mmstructkd.taps import Tap
+from mmstructkd.taps import Regions, Tap, in_region_head
 
 __all__ = ['Level', 'Term', 'parse_terms']
 
-KEYS = ('tap', 'loss', 'connector', 'schedule')
+KEYS = ('tap', 'loss', 'connector', 'schedule', 'match')
+MATCHES = ('stride', 'order')
 
 Records = Mapping[Tap, list[Tensor]]
 
@@ -46,6 +49,16 @@ class Level:
     connector: str
 
 
+def channels_of(tensor: Tensor) -> int:
+    """Width of a map (B, C, H, W), of tokens (B, N, C), or of rows (N, C)."""
+    return int(tensor.shape[-1] if tensor.dim() == 3 else tensor.shape[min(1, tensor.dim() - 1)])
+
+
+def _shape(tensor: Tensor) -> str:
+    """Write a shape as 64x16x32."""
+    return 'x'.join(str(side) for side in tensor.shape[1:])
+
+
 class Term(nn.Module):
     """A pair of taps (or of lists of taps), made comparable and scored.
 
@@ -56,6 +69,10 @@ class Term(nn.Module):
         connector: config of a registered connector; ``None``: a 1x1 convolution
             where the loss needs equal widths and they differ.
         schedule: config of a :class:`WeightSchedule`; ``None``: constant.
+        match: how the levels of a pyramid find each other: ``'stride'``, by the
+            size of their maps (any order and number, each of the student's must
+            find one of the teacher's; those of the teacher that none asks for
+            are left out), or ``'order'``, first with first.
     """
 
     def __init__(
@@ -65,11 +82,14 @@ class Term(nn.Module):
         loss: dict,
         connector: dict | None = None,
         schedule: dict | None = None,
+        match: str = 'stride',
     ) -> None:
         super().__init__()
         self.name = name
         owner = f'term {name!r}'
         sides = self._sides(tap, owner)
+        check_one_of(owner, 'match', match, MATCHES)
+        self.match = match
         self.student_taps = self._parse(sides['student'], f'{owner}: `student`')
         self.teacher_taps = self._parse(sides['teacher'], f'{owner}: `teacher`')
         self.connector_config = copy.deepcopy(connector)
@@ -78,6 +98,8 @@ class Term(nn.Module):
         self.factor = self.schedule.factor(0, 1)
         self.losses = nn.ModuleList([self._build_loss()])
         self.connectors = nn.ModuleList()
+        self.joint = False
+        self.order: tuple[int, ...] | None = None  # the teacher's tensor for each of the student's
         self.levels: tuple[Level, ...] = ()
         self.log_keys: tuple[str, ...] = ()
 
@@ -137,18 +159,24 @@ class Term(nn.Module):
         """Whether the term counts at this point of the training."""
         return self.factor > 0 and self.loss.loss_weight > 0
 
-    def pairs(self, student: Records, teacher: Records) -> list[tuple[Tensor, Tensor]]:
-        """Match what the taps recorded, level by level.
+    @property
+    def on_regions(self) -> bool:
+        """Whether the taps lie in RoI heads, so that both must pool the same regions."""
+        return any(in_region_head(tap) for tap in self.student_taps)
+
+    def tensors(self, student: Records, teacher: Records) -> tuple[list[Tensor], list[Tensor]]:
+        """Collect what the taps recorded.
 
         Args:
             student: records of the student's capture.
             teacher: records of the teacher.
 
         Returns:
-            Pairs of tensors.
+            Tensors of the student, and those of the teacher in the order of the
+            student's where the probe has matched them.
 
         Raises:
-            TapError: a tap was not passed, or the numbers differ.
+            TapError: a tap was not passed.
         """
         sides = []
         for owner, taps, records in (('student', self.student_taps, student), ('teacher', self.teacher_taps, teacher)):
@@ -159,51 +187,146 @@ class Term(nn.Module):
                         'which the forward pass does not reach.'
                     )
             sides.append([tensor for tap in taps for tensor in records[tap]])
-        if len(sides[0]) != len(sides[1]):
+        if self.order is not None:
+            sides[1] = [sides[1][place] for place in self.order]
+        return sides[0], sides[1]
+
+    def pairs(self, student: Records, teacher: Records) -> list[tuple[Tensor, Tensor]]:
+        """Match what the taps recorded, level by level.
+
+        Args:
+            student: records of the student's capture.
+            teacher: records of the teacher.
+
+        Returns:
+            Pairs of tensors; for a joint connector that takes other numbers of
+            both, as many as there are of the student, with the teacher's last
+            repeated.
+
+        Raises:
+            TapError: a tap was not passed, or the numbers differ.
+        """
+        students, teachers = self.tensors(student, teacher)
+        if self.joint:
+            teachers = (teachers + teachers[-1:] * len(students))[: len(students)]
+        elif len(students) != len(teachers):
             raise TapError(
                 f'term {self.name!r}: `tap` must give as many tensors of the student as of the teacher, '
-                f'got {len(sides[0])} and {len(sides[1])} ({[str(t) for t in self.student_taps]} and '
+                f'got {len(students)} and {len(teachers)} ({[str(t) for t in self.student_taps]} and '
                 f'{[str(t) for t in self.teacher_taps]}). Pick levels by index or list.'
             )
-        return list(zip(*sides, strict=True))
+        return list(zip(students, teachers, strict=True))
+
+    def _find_order(self, student: Records, teacher: Records) -> tuple[int, ...] | None:
+        """Match the levels of two pyramids by the sizes of their maps in the probe."""
+        students, teachers = self.tensors(student, teacher)
+        maps = all(tensor.dim() == 4 for tensor in (*students, *teachers))
+        if self.match == 'order' or self.on_regions or not maps or max(len(students), len(teachers)) == 1:
+            return None
+        sizes_s, sizes_t = ([tuple(t.shape[2:]) for t in side] for side in (students, teachers))
+        if sizes_s == sizes_t or (len(set(sizes_s)) < len(sizes_s) or len(set(sizes_t)) < len(sizes_t)):
+            return None  # the same pyramid, or several layers of one size: in order
+        names = [
+            self._labels(taps, records)
+            for taps, records in ((self.student_taps, student), (self.teacher_taps, teacher))
+        ]
+        lost = [
+            f'{name!r} ({_shape(t)})'
+            for name, t in zip(names[0], students, strict=True)
+            if tuple(t.shape[2:]) not in sizes_t
+        ]
+        if lost:
+            has = ', '.join(f'{name!r} ({_shape(t)})' for name, t in zip(names[1], teachers, strict=True))
+            raise TapError(
+                f'term {self.name!r}: each level of the student must find one of the same stride in the teacher, got '
+                f'none for {", ".join(lost)}; the teacher has {has} (channels x height x width in the probe). Leave '
+                "levels out, e.g. tap=dict(student='neck[:4]', teacher='neck[*]'), or pair them as they come with "
+                "match='order'."
+            )
+        return tuple(sizes_t.index(size) for size in sizes_s)
 
     def _labels(self, taps: tuple[Tap, ...], records: Records) -> list[str]:
         """Name each recorded tensor."""
-        return [
-            str(tap) if len(records[tap]) == 1 else f'{tap} #{call}'
-            for tap in taps
-            for call in range(len(records[tap]))
-        ]
+        return [name for tap in taps for name in tap.names(len(records[tap]))]
 
-    def bind(self, student: Records, teacher: Records, classes: tuple[int | None, int | None]) -> None:
+    def bind(
+        self,
+        student: Records,
+        teacher: Records,
+        classes: tuple[int | None, int | None],
+        targets: Targets,
+        regions: Regions,
+        network: nn.Module | None,
+    ) -> None:
         """Build connectors and sized losses from the probe, and try the loss once.
 
         Args:
             student: records of the probe of the student.
             teacher: records of the probe of the teacher.
             classes: number of classes of student and teacher.
+            targets: what the batches of this task know.
+            regions: what RoI heads pooled in the probe.
+            network: the teacher's network, where it has one.
 
         Raises:
             ConfigError: the teacher has other classes, or the connector cannot
                 be built.
             ShapeError: the loss cannot take these shapes.
+            TapError: levels cannot be matched.
         """
+        joint = self._connector_class()
+        self.joint = joint is not None and getattr(joint, 'joint', False)
+        if not self.joint or len(self.tensors(student, teacher)[0]) > 1:
+            self.order = self._find_order(student, teacher)
         pairs = self.pairs(student, teacher)
-        names = zip(self._labels(self.student_taps, student), self._labels(self.teacher_taps, teacher), strict=True)
-        self.losses = nn.ModuleList([self.loss] + [self._build_loss() for _ in pairs[1:]])
+        labels_s = self._labels(self.student_taps, student)
+        labels_t = self._labels(self.teacher_taps, teacher)
+        if self.order is not None:
+            left = [label for place, label in enumerate(labels_t) if place not in self.order]
+            if left:
+                print_log(
+                    f'term {self.name!r}: of the teacher {left} have no level of the student; left out.', 'current'
+                )
+            labels_t = [labels_t[place] for place in self.order]
+        if self.joint:
+            self.connectors = nn.ModuleList([self._build_connector(*self.tensors(student, teacher), classes)])
+        else:
+            self.connectors = nn.ModuleList([self._build_connector([s], [t], classes) for s, t in pairs])
+        self.attach(network)
+        with torch.no_grad(), self._named_errors(*pairs[0], classes):
+            made = self._comparable(*self.tensors(student, teacher))
+        self.losses = nn.ModuleList([self.loss] + [self._build_loss() for _ in made[1:]])
+        for loss, (made_s, made_t), pair in zip(self.losses, made, (pairs * len(made))[: len(made)], strict=True):
+            with self._named_errors(*pair, classes):
+                loss.bind(made_s, made_t)
+        labels_t += labels_t[-1:] * (len(labels_s) - len(labels_t))
         levels = []
-        for index, ((feat_s, feat_t), (name_s, name_t)) in enumerate(zip(pairs, names, strict=True)):
-            connector = self._connector(feat_s, feat_t, classes)
-            self.connectors.append(connector)
-            with torch.no_grad():
-                made_s, made_t = self._comparable(index, feat_s, feat_t)
-            with self._named_errors(feat_s, feat_t, classes):
-                self.losses[index].bind(made_s, made_t)
+        for index, (feat_s, feat_t) in enumerate(pairs):
+            connector = self.connectors[0 if self.joint else index]
             shown = 'none' if isinstance(connector, nn.Identity) else type(connector).__name__
-            levels.append(Level(name_s, name_t, tuple(feat_s.shape), tuple(feat_t.shape), shown))
+            levels.append(Level(labels_s[index], labels_t[index], tuple(feat_s.shape), tuple(feat_t.shape), shown))
         self.levels = tuple(levels)
         with self._named_errors(*pairs[0], classes):
-            self._try(pairs, classes)
+            self._try(student, teacher, targets, regions)
+
+    def attach(self, network: nn.Module | None) -> None:
+        """Show the teacher's network to connectors that use a part of it.
+
+        Args:
+            network: the network; ``None``: the source has none.
+
+        Raises:
+            ConfigError: a connector needs it and there is none.
+        """
+        for connector in self.connectors:
+            if not getattr(connector, 'needs_teacher', False):
+                continue
+            if network is None:
+                raise ConfigError(
+                    f'term {self.name!r}: `connector` {type(connector).__name__} needs the network of the teacher, '
+                    'got a source without one. Use a FrozenTeacher.'
+                )
+            connector.attach(network)
 
     @contextlib.contextmanager
     def _named_errors(self, student: Tensor, teacher: Tensor, classes: tuple[int | None, int | None]) -> Iterator[None]:
@@ -211,11 +334,23 @@ class Term(nn.Module):
         try:
             yield
         except ShapeError as err:
-            if classes[0] != classes[1] and (student.shape[1], teacher.shape[1]) == classes:
+            if self._over_classes(student, teacher, classes):
                 raise self._other_classes(classes) from err
             raise ShapeError(f'term {self.name!r}: {err}') from err
         except ValueError as err:
             raise type(err)(f'term {self.name!r}: {err}') from err
+
+    def _over_classes(self, student: Tensor, teacher: Tensor, classes: tuple[int | None, int | None]) -> bool:
+        """Whether two tensors have other widths because they are scores over other classes.
+
+        Per position: one score a class, one a class and anchor, or one more for
+        the background.
+        """
+        if None in classes or classes[0] == classes[1] or 1 in (student.dim(), teacher.dim()):
+            return False
+        wide = student.shape[1], teacher.shape[1]
+        anchors = {width / count for width, count in zip(wide, classes, strict=True)}
+        return len(anchors) == 1 or wide == (classes[0] + 1, classes[1] + 1)
 
     def _other_classes(self, classes: tuple[int | None, int | None]) -> ConfigError:
         """The error for logits over other classes."""
@@ -225,55 +360,76 @@ class Term(nn.Module):
             'Tap a feature instead of the logits, or use a teacher of the same classes.'
         )
 
-    def _try(self, pairs: list[tuple[Tensor, Tensor]], classes: tuple[int | None, int | None]) -> None:
+    def _try(self, student: Records, teacher: Records, targets: Targets, regions: Regions) -> None:
         """Compute the loss on copies of the probe: shapes that do not fit fail here."""
-        twin = copy.deepcopy(self)
-        records_s = {tap: [] for tap in self.student_taps}
-        records_t = {tap: [] for tap in self.teacher_taps}
-        for number, (feat_s, feat_t) in enumerate(pairs):
-            records_s[self.student_taps[min(number, len(self.student_taps) - 1)]].append(feat_s.detach().clone())
-            records_t[self.teacher_taps[min(number, len(self.teacher_taps) - 1)]].append(feat_t.detach().clone())
-        batch, size = pairs[0][0].shape[0], (32, 32)
-        targets = Targets(
-            labels=torch.zeros(batch, *size, dtype=torch.int64),
-            valid=torch.ones(batch, *size, dtype=torch.bool),
-            num_classes=classes[0],
-            images=torch.zeros(batch, 3, *size),
-            input_size=size,
-        )
+        twin = copy.deepcopy(self).eval()
+        taps = ((self.student_taps, student), (self.teacher_taps, teacher))
+        copies = [{tap: [t.detach().clone() for t in records[tap]] for tap in side} for side, records in taps]
         with torch.enable_grad():
-            for feats in records_s.values():
-                for feat in feats:
-                    feat.requires_grad_(True)
-            twin.eval()
-            scored = twin(records_s, records_t, targets, all_parts=True)
+            for tensors in copies[0].values():
+                for tensor in tensors:
+                    tensor.requires_grad_(True)
+            scored = twin(*copies, targets, regions, all_parts=True)
         self.log_keys = tuple(scored)
 
-    def _connector(self, student: Tensor, teacher: Tensor, classes: tuple[int | None, int | None]) -> nn.Module:
-        """The configured connector, or the automatic one."""
-        widths = {'in_channels': student.shape[1], 'out_channels': teacher.shape[1]}
-        differ = widths['in_channels'] != widths['out_channels']
-        if differ and self.loss.needs_equal_channels and tuple(widths.values()) == classes:
-            raise self._other_classes(classes)
-        if self.connector_config is not None:
-            try:
-                return MODELS.build({**widths, **self.connector_config})
-            except (TypeError, KeyError) as err:
-                raise ConfigError(f'term {self.name!r}: `connector` cannot be built. {err}') from err
-        if differ and self.loss.needs_equal_channels:
-            return MODELS.build({'type': 'mmstructkd.ConvConnector', **widths})
-        return nn.Identity()
+    def _connector_class(self) -> type | None:
+        """Class of the configured connector; ``None`` where it is automatic or a chain."""
+        config = self.connector_config
+        kind = config.get('type') if isinstance(config, Mapping) else None
+        return MODELS.get(kind) if isinstance(kind, str) else kind
 
-    def _comparable(self, index: int, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-        """Bring both tensors of a level to equal width and size."""
-        student = self.connectors[index](student)
-        same_size = student.shape[2:] == teacher.shape[2:]
-        if self.losses[index].needs_equal_size and student.dim() == teacher.dim() == 4 and not same_size:
-            teacher = resize_map(teacher, tuple(student.shape[2:]))
-        return student, teacher
+    def _build_connector(
+        self, student: list[Tensor], teacher: list[Tensor], classes: tuple[int | None, int | None]
+    ) -> nn.Module:
+        """The configured connector, or the automatic one."""
+        wide_s, wide_t = ([channels_of(tensor) for tensor in side] for side in (student, teacher))
+        widths = {'in_channels': wide_s, 'out_channels': wide_t}
+        if not self.joint:
+            widths = {name: width[0] for name, width in widths.items()}
+        differ = wide_s != wide_t
+        scores = (wide_s[0], wide_t[0]) == classes and not getattr(self.loss, 'maps_classes', False)
+        if differ and scores and self.loss.needs_equal_channels:
+            raise self._other_classes(classes)
+        if self.connector_config is None:
+            needed = differ and self.loss.needs_equal_channels
+            return MODELS.build({'type': 'mmstructkd.ConvConnector', **widths}) if needed else nn.Identity()
+        config = self.connector_config
+        if isinstance(config, (list, tuple)):
+            config = {'type': 'mmstructkd.SequentialConnector', 'connectors': list(config)}
+        kind = config.get('type') if isinstance(config, Mapping) else None
+        if isinstance(kind, str) and MODELS.get(kind) is None:
+            known = [name for name in MODELS.module_dict if name.endswith('Connector')]
+            raise ConfigError(
+                f'term {self.name!r}: `connector` must name a registered connector, got {kind!r}. '
+                f'{suggest(kind.split(".")[-1], known)}'
+            )
+        try:
+            return MODELS.build({**widths, **config})
+        except (TypeError, KeyError, ValueError) as err:
+            raise ConfigError(f'term {self.name!r}: `connector` cannot be built. {err}') from err
+
+    def _comparable(self, students: list[Tensor], teachers: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """Bring the tensors of each level to equal width and size."""
+        if self.joint:
+            students, teachers = self.connectors[0](students, teachers)
+        else:
+            students = [connector(tensor) for connector, tensor in zip(self.connectors, students, strict=True)]
+        pairs = []
+        for student, teacher in zip(students, teachers, strict=True):
+            maps = student.dim() == teacher.dim() == 4
+            if self.loss.needs_equal_size and maps and student.shape[2:] != teacher.shape[2:]:
+                teacher = resize_map(teacher, tuple(student.shape[2:]))
+            pairs.append((student, teacher))
+        return pairs
 
     def forward(
-        self, student: Records, teacher: Records, targets: Targets, *, all_parts: bool = False
+        self,
+        student: Records,
+        teacher: Records,
+        targets: Targets,
+        regions: Regions | None = None,
+        *,
+        all_parts: bool = False,
     ) -> dict[str, Tensor]:
         """Score a batch.
 
@@ -281,6 +437,7 @@ class Term(nn.Module):
             student: the student's tapped tensors.
             teacher: the teacher's.
             targets: what the batch knows besides.
+            regions: what the student's RoI head pooled, where it is tapped.
             all_parts: score although the term is not active (the probe does).
 
         Returns:
@@ -289,9 +446,14 @@ class Term(nn.Module):
         """
         if not (self.active or all_parts):
             return {f'loss_kd_{self.name}': self.silence()}
+        if self.on_regions and regions is not None:
+            mask = any('.mask_' in tap.module for tap in self.student_taps)
+            targets = region_targets(targets, (regions.masks if mask else regions.boxes)[0])
         parts: dict[str, list[Tensor]] = {}
-        for index, (feat_s, feat_t) in enumerate(self.pairs(student, teacher)):
-            value = self.losses[index](*self._comparable(index, feat_s, feat_t), targets)
+        if not self.joint:
+            self.pairs(student, teacher)  # an equal number of both
+        for loss, pair in zip(self.losses, self._comparable(*self.tensors(student, teacher)), strict=True):
+            value = loss(*pair, targets)
             for part, number in (value if isinstance(value, dict) else {'': value}).items():
                 parts.setdefault(part, []).append(number)
         out = {}

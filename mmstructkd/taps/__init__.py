@@ -2,6 +2,16 @@
 
 from mmstructkd.taps.capture import Capture, ForwardStopped
 from mmstructkd.taps.forward import tapped_forward
+from mmstructkd.taps.regions import RegionRecorder, Regions, in_region_head, probe_regions
 from mmstructkd.taps.tap import Tap
 
-__all__ = ['Capture', 'ForwardStopped', 'Tap', 'tapped_forward']
+__all__ = [
+    'Capture',
+    'ForwardStopped',
+    'RegionRecorder',
+    'Regions',
+    'Tap',
+    'in_region_head',
+    'probe_regions',
+    'tapped_forward',
+]

@@ -38,7 +38,8 @@ class Capture:
 
     Attributes:
         records: for each tap the tensors in the order of the calls: one for
-            most modules, several for a head shared by levels.
+            most modules, several for a head shared by levels or a tap of a range.
+        passes: for each tap how often it was passed.
         stopped: whether the forward was ended early.
     """
 
@@ -54,6 +55,7 @@ class Capture:
         self.taps = tuple(dict.fromkeys(taps))
         self.clone = frozenset(clone)
         self.records: dict[Tap, list[Tensor]] = {tap: [] for tap in self.taps}
+        self.passes: dict[Tap, int] = dict.fromkeys(self.taps, 0)
         self.stopped = False
         self._left = None if calls is None else sum(calls[tap] for tap in self.taps)
         self._versions: list[tuple[Tap, Tensor, int]] = []
@@ -96,11 +98,11 @@ class Capture:
         return hook
 
     def _record(self, tap: Tap, value: Any) -> None:
-        tensor = tap.pick(value)
-        if tap in self.clone:
-            tensor = tensor.clone()
-        self.records[tap].append(tensor)
-        self._versions.append((tap, tensor, tensor._version))
+        self.passes[tap] += 1
+        for tensor in tap.pick(value):
+            kept = tensor.clone() if tap in self.clone else tensor
+            self.records[tap].append(kept)
+            self._versions.append((tap, kept, kept._version))
         if self._left is not None:
             self._left -= 1
             if self._left == 0:

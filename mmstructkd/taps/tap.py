@@ -14,6 +14,20 @@ from mmstructkd.errors import TapError, suggest
 __all__ = ['Tap']
 
 _PATTERN = re.compile(r'^(?P<side>in:)?(?P<module>[A-Za-z_][\w.]*)(?P<keys>(\[[^\[\]]+\])*)$')
+_SPAN = re.compile(r'^(?:\*|(?P<start>\d*):(?P<stop>\d*))$')
+
+
+@dataclass(frozen=True)
+class Span:
+    """Several entries of a sequence, as a slice; hashable, which a slice is not."""
+
+    start: int | None = None
+    stop: int | None = None
+
+    def __str__(self) -> str:
+        if self == Span():
+            return '*'
+        return ':'.join('' if end is None else str(end) for end in (self.start, self.stop))
 
 
 @dataclass(frozen=True)
@@ -23,7 +37,9 @@ class Tap:
     Attributes:
         module: dotted name of a module, as in ``named_modules()``.
         side: ``'output'``, or ``'input'`` (its first positional argument).
-        keys: path into a sequence or dict, e.g. ``(2,)`` for ``'neck[2]'``.
+        keys: path into a sequence or dict, e.g. ``(2,)`` for ``'neck[2]'``; the
+            last one may be a :class:`Span`, for several tensors: ``'neck[*]'``,
+            ``'neck[1:]'``, ``'neck[:4]'``.
 
     Example:
         >>> Tap.parse('in:decode_head.conv_seg')
@@ -34,14 +50,15 @@ class Tap:
 
     module: str
     side: str = 'output'
-    keys: tuple[int | str, ...] = ()
+    keys: tuple[int | str | Span, ...] = ()
 
     @classmethod
     def parse(cls, text: Any, owner: str = 'Tap') -> Tap:
         """Read a tap as a config writes it.
 
         Args:
-            text: ``[in:]dotted.name[index]...``.
+            text: ``[in:]dotted.name[index]...``; ``[*]``, ``[1:]`` or ``[:4]`` at
+                the end for several.
             owner: who asks, for the message.
 
         Returns:
@@ -56,16 +73,52 @@ class Tap:
                 f"{owner}: `tap` must read '[in:]dotted.module.name[index]', got {text!r}. "
                 "Examples: 'decode_head.conv_seg', 'neck[2]', 'in:decode_head.conv_seg'."
             )
-        keys = re.findall(r'\[([^\[\]]+)\]', match['keys'])
+        keys = [cls._key(key) for key in re.findall(r'\[([^\[\]]+)\]', match['keys'])]
+        if any(isinstance(key, Span) for key in keys[:-1]):
+            raise TapError(f'{owner}: `tap` must have a range only as its last index, got {text!r}.')
         return cls(
             module=match['module'].rstrip('.'),
             side='input' if match['side'] else 'output',
-            keys=tuple(int(k) if re.fullmatch(r'-?\d+', k) else k.strip('\'"') for k in keys),
+            keys=tuple(keys),
         )
+
+    @staticmethod
+    def _key(text: str) -> int | str | Span:
+        """Read what stands in one pair of brackets."""
+        span = _SPAN.match(text)
+        if span is not None:
+            return Span(*(int(end) if end else None for end in (span['start'], span['stop'])))
+        return int(text) if re.fullmatch(r'-?\d+', text) else text.strip('\'"')
+
+    @property
+    def several(self) -> bool:
+        """Whether one pass gives a list of tensors."""
+        return bool(self.keys) and isinstance(self.keys[-1], Span)
 
     def __str__(self) -> str:
         keys = ''.join(f'[{k}]' for k in self.keys)
         return ('in:' if self.side == 'input' else '') + self.module + keys
+
+    def names(self, count: int) -> list[str]:
+        """Name the tensors of one forward pass.
+
+        Args:
+            count: how many it gave.
+
+        Returns:
+            Entries of a range by their index, calls of a module by their number.
+
+        Example:
+            >>> Tap.parse('neck[1:]').names(2)
+            ['neck[1]', 'neck[2]']
+            >>> Tap.parse('bbox_head.cls').names(2)
+            ['bbox_head.cls #0', 'bbox_head.cls #1']
+        """
+        last = self.keys[-1] if self.keys else None
+        if isinstance(last, Span):
+            one = Tap(self.module, self.side, self.keys[:-1])
+            return [f'{one}[{place + (last.start or 0)}]' for place in range(count)]
+        return [str(self)] if count == 1 else [f'{self} #{call}' for call in range(count)]
 
     def resolve(self, network: nn.Module, owner: str) -> nn.Module:
         """Return the module of ``network`` that this tap names.
@@ -104,27 +157,45 @@ class Tap:
                 return f'{where}: ' + ', '.join(repr(start + c) for c in sorted(children)) + '.'
         return hint
 
-    def pick(self, value: Any) -> Tensor:
-        """Return the tensor this tap names inside what a module got or gave.
+    def pick(self, value: Any) -> list[Tensor]:
+        """Return what this tap names inside what a module got or gave.
 
         Args:
             value: output of the module, or its first argument.
 
         Returns:
-            The tensor.
+            The tensor, or the tensors of a range.
 
         Raises:
             TapError: a key does not exist, or what it names is no tensor.
         """
         for key in self.keys:
-            try:
-                value = value[key]
-            except (IndexError, KeyError, TypeError) as err:
-                what = f'{type(value).__name__} of {len(value)}' if hasattr(value, '__len__') else type(value).__name__
-                raise TapError(f'Tap {str(self)!r}: `[{key}]` must exist in the {self.side}, got {what}.') from err
-        if not isinstance(value, Tensor):
-            several = isinstance(value, (tuple, list, dict))
-            keys = list(value) if isinstance(value, dict) else range(len(value)) if several else ()
-            way_out = ' Pick one: ' + ', '.join(f"'{self}[{k}]'" for k in keys) + '.' if several else ''
-            raise TapError(f'Tap {str(self)!r}: the {self.side} must be a tensor, got {type(value).__name__}.{way_out}')
-        return value
+            value = self._entry(value, key)
+        entries = value if self.several else [value]
+        for entry in entries:
+            if not isinstance(entry, Tensor):
+                raise TapError(
+                    f'Tap {str(self)!r}: the {self.side} must be a tensor, got {type(entry).__name__}.'
+                    f'{self._way_out(entry)}'
+                )
+        return list(entries)
+
+    def _entry(self, value: Any, key: int | str | Span) -> Any:
+        """One step down into a sequence or dict."""
+        try:
+            if not isinstance(key, Span):
+                return value[key]
+            found = list(value[key.start : key.stop]) if isinstance(value, (tuple, list)) else []
+            if not found:
+                raise IndexError(key)
+        except (IndexError, KeyError, TypeError) as err:
+            what = f'{type(value).__name__} of {len(value)}' if hasattr(value, '__len__') else type(value).__name__
+            raise TapError(f'Tap {str(self)!r}: `[{key}]` must exist in the {self.side}, got {what}.') from err
+        return found
+
+    def _way_out(self, value: Any) -> str:
+        """Name what could be picked instead."""
+        if not isinstance(value, (tuple, list, dict)) or self.several:
+            return ''
+        keys = list(value) if isinstance(value, dict) else [*range(len(value)), '*']
+        return ' Pick one: ' + ', '.join(f"'{self}[{k}]'" for k in keys) + '.'

@@ -11,6 +11,7 @@ from torch import nn
 
 from mmstructkd.errors import TapError
 from mmstructkd.taps import Capture, Tap
+from mmstructkd.taps.tap import Span
 
 
 class Shared(nn.Module):
@@ -49,11 +50,17 @@ class Pyramid(nn.Module):
         ('in:decode_head.conv_seg', 'decode_head.conv_seg', 'input', ()),
         ("head['scores'][0]", 'head', 'output', ('scores', 0)),
         ('neck.fpn_convs.0', 'neck.fpn_convs.0', 'output', ()),
+        ('neck[*]', 'neck', 'output', (Span(),)),
+        ('neck[:]', 'neck', 'output', (Span(),)),
+        ('neck[1:]', 'neck', 'output', (Span(1),)),
+        ('in:bbox_head[:4]', 'bbox_head', 'input', (Span(None, 4),)),
     ],
 )
 def test_parse(text: str, module: str, side: str, keys: tuple) -> None:
     tap = Tap.parse(text)
     assert (tap.module, tap.side, tap.keys) == (module, side, keys)
+    assert Tap.parse(str(tap)) == tap
+    assert tap.several == any(isinstance(key, Span) for key in keys)
 
 
 @pytest.mark.parametrize('text', ['', 'neck[', 'out:neck', '[0]', 3, None, 'a b'])
@@ -80,10 +87,36 @@ def test_records_outputs_inputs_and_calls() -> None:
     assert len(capture.records[taps[2]]) == 2
 
 
+def test_a_range_gives_its_tensors_in_order() -> None:
+    net, x = Shared(), torch.rand(1, 1, 4, 6)
+    taps = [Tap.parse(t) for t in ('neck[*]', 'neck[1:]', 'neck[:1]')]
+    with Capture(net, taps, calls=dict.fromkeys(taps, 1)) as capture:
+        net(x)
+    assert capture.stopped
+    assert net.calls == 0
+    levels = net.neck(x)
+    for tap, want in zip(taps, (levels, levels[1:], levels[:1]), strict=True):
+        assert capture.passes[tap] == 1
+        assert len(capture.records[tap]) == len(want)
+        assert all(torch.equal(a, b) for a, b in zip(capture.records[tap], want, strict=True))
+
+
+def test_a_range_must_hold_tensors() -> None:
+    net = Shared()
+    for text, message in (
+        ('neck[5:]', r'`\[5:\]` must exist in the output, got tuple of 2'),
+        ('head[*]', 'got Tensor'),
+    ):
+        with pytest.raises(TapError, match=message), Capture(net, [Tap.parse(text)]):
+            net(torch.rand(1, 1, 2, 2))
+    with pytest.raises(TapError, match='only as its last index'):
+        Tap.parse('neck[*][0]')
+
+
 def test_a_tuple_must_be_indexed() -> None:
     net = Shared()
     with (
-        pytest.raises(TapError, match=r"got tuple. Pick one: 'neck\[0\]', 'neck\[1\]'"),
+        pytest.raises(TapError, match=r"got tuple. Pick one: 'neck\[0\]', 'neck\[1\]', 'neck\[\*\]'"),
         Capture(net, [Tap.parse('neck')]),
     ):
         net(torch.rand(1, 1, 2, 2))

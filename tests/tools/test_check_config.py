@@ -14,13 +14,11 @@ from mmengine.config import Config
 from torch import nn
 
 from mmstructkd.distillers import StructuredDistiller
+from mmstructkd.distillers.batches import input_size, real_batch, synthetic_batch
 from mmstructkd.distillers.preflight import (
     gradient_share,
-    input_size,
     measure_cost,
     peak_factor,
-    real_batch,
-    synthetic_batch,
     try_batch,
 )
 from mmstructkd.errors import ConfigError
