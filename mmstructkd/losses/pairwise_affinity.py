@@ -21,6 +21,7 @@ _DEFAULTS: dict[str, Any] = {
     'pool': 'avg',
     'kernel_size': None,
     'kernel_scale': None,
+    'max_side': None,
     'radius': None,
     'detach_norm': False,
 }
@@ -46,6 +47,7 @@ class PairwiseAffinityLoss(DistillLoss):
     pool          avg           avg          max
     kernel_size   2             2            --
     kernel_scale  --            --           0.5
+    max_side      --            --           --
     detach_norm   no            no           yes
     ============  ============  ===========  ==========
 
@@ -61,6 +63,9 @@ class PairwiseAffinityLoss(DistillLoss):
         kernel_scale: the same as a share of the map, in (0, 1]: the patch is
             int(share * H) x int(share * W), at least 1 x 1. Instead of
             ``kernel_size``.
+        max_side: pool just so far that there are at most this many nodes along
+            each side, and a small map not at all: for the levels of a pyramid.
+            Instead of the two above.
         radius: pairs of nodes further apart than this do not count. ``None``:
             all do.
         detach_norm: leave the norms of features out of the gradient.
@@ -94,6 +99,7 @@ class PairwiseAffinityLoss(DistillLoss):
         pool: str | None = None,
         kernel_size: int | tuple[int, int] | None = None,
         kernel_scale: float | None = None,
+        max_side: int | None = None,
         radius: int | None = None,
         detach_norm: bool | None = None,
         preset: str | None = None,
@@ -104,6 +110,7 @@ class PairwiseAffinityLoss(DistillLoss):
             'pool': pool,
             'kernel_size': kernel_size,
             'kernel_scale': kernel_scale,
+            'max_side': max_side,
             'radius': radius,
             'detach_norm': detach_norm,
         }
@@ -111,19 +118,25 @@ class PairwiseAffinityLoss(DistillLoss):
         super().__init__(loss_weight=settings['loss_weight'])
         check_one_of(owner, 'pool', settings['pool'], POOLS)
         check_radius(owner, settings['radius'])
-        size, scale = settings['kernel_size'], settings['kernel_scale']
-        if size is not None and scale is not None:
+        size, scale, most = (settings[name] for name in ('kernel_size', 'kernel_scale', 'max_side'))
+        named = {
+            name: settings[name] for name in ('kernel_size', 'kernel_scale', 'max_side') if settings[name] is not None
+        }
+        if len(named) > 1:
             raise ConfigError(
-                f'{owner}: `kernel_scale` must be left out where the patch has a `kernel_size`, '
-                f'got {scale!r} and {size!r}. Name one of them'
-                + ('.' if preset is None else f'; preset={preset!r} fixes the other.')
+                f'{owner}: the size of a patch must be given by one of {", ".join(f"`{name}`" for name in named)}, '
+                f'got {named}. Name one of them' + ('.' if preset is None else f'; preset={preset!r} fixes another.')
             )
+        if most is not None and (isinstance(most, bool) or not isinstance(most, int) or most < 1):
+            raise ConfigError(f'{owner}: `max_side` must be an integer above 0, got {most!r}.')
         if scale is not None and (isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale <= 1):
             raise ConfigError(f'{owner}: `kernel_scale` must be above 0 and at most 1, got {scale!r}.')
         self.preset = preset
         self.pool: str = settings['pool']
         self.kernel_scale: float | None = None if scale is None else float(scale)
-        self.kernel_size = None if scale is not None else check_kernel_size(owner, 2 if size is None else size)
+        self.max_side: int | None = most
+        pooled = scale is None and most is None
+        self.kernel_size = check_kernel_size(owner, 2 if size is None else size) if pooled else None
         self.radius: int | None = settings['radius']
         self.detach_norm = bool(settings['detach_norm'])
 
@@ -149,12 +162,16 @@ class PairwiseAffinityLoss(DistillLoss):
     def _kernel_at(self, height: int, width: int) -> tuple[int, int]:
         if self.kernel_size is not None:
             return self.kernel_size
+        if self.max_side is not None:
+            return (-(-height // self.max_side), -(-width // self.max_side))
         scale = self.kernel_scale or 1.0
         return (max(1, int(scale * height)), max(1, int(scale * width)))
 
     def extra_repr(self) -> str:
         """Show the settings in the model's print-out."""
-        patch = f'kernel_scale={self.kernel_scale:g}' if self.kernel_scale else f'kernel_size={self.kernel_size}'
+        patch = f'kernel_size={self.kernel_size}'
+        if self.kernel_size is None:
+            patch = f'kernel_scale={self.kernel_scale:g}' if self.kernel_scale else f'max_side={self.max_side}'
         return (
             f'{super().extra_repr()}, pool={self.pool!r}, {patch}, radius={self.radius}, detach_norm={self.detach_norm}'
         )

@@ -128,28 +128,43 @@ def toy_batch(
     return dict(inputs=inputs, data_samples=samples)
 
 
-def toy_config(model: dict, work_dir: Any, max_iters: int = 4, **changes: Any) -> Config:
+def _scenes(task: str) -> tuple[str, list[dict], list[dict], dict]:
+    """Dataset, pipelines for training and test, and metric of a task on the embedded scenes."""
+    load, flip = dict(type='mmstructkd.LoadScene'), dict(type='RandomFlip', prob=0.5)
+    if task == 'det':
+        load = [load, dict(type='LoadAnnotations', with_bbox=True)]
+        keys = ('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor', 'instances')
+        metric = dict(type='CocoMetric', metric='bbox')
+        pack = dict(type='PackDetInputs')
+        return 'mmstructkd.SceneDetDataset', [*load, flip, pack], [*load, dict(pack, meta_keys=keys)], metric
+    pack = dict(type='PackSegInputs')
+    if task == 'depth':
+        load = [load, dict(type='mmstructkd.LoadSceneAnnotations', with_seg=False, with_depth=True)]
+        metric = dict(type='DepthMetric', min_depth_eval=0.1, max_depth_eval=24.5)
+        return 'mmstructkd.SceneDepthDataset', [*load, flip, pack], [*load, pack], metric
+    load = [load, dict(type='mmstructkd.LoadSceneAnnotations')]
+    metric = dict(type='IoUMetric', iou_metrics=['mIoU'])
+    train = [*load, flip, dict(type='PhotoMetricDistortion'), pack]
+    return 'mmstructkd.SceneSegDataset', train, [*load, pack], metric
+
+
+def toy_config(model: dict, work_dir: Any, max_iters: int = 4, task: str = 'seg', **changes: Any) -> Config:
     """Config of a run of ``model`` on the embedded scenes.
 
     Args:
-        model: config of a segmentor or distiller.
+        model: config of a network or distiller.
         work_dir: folder of the run.
         max_iters: iterations; a checkpoint every second one, no validation.
+        task: ``'seg'``, ``'depth'`` or ``'det'``.
         **changes: override top-level keys.
 
     Returns:
         The config, for ``Runner.from_cfg``.
     """
-    pipeline = [
-        dict(type='mmstructkd.LoadScene'),
-        dict(type='mmstructkd.LoadSceneAnnotations'),
-        dict(type='RandomFlip', prob=0.5),
-        dict(type='PhotoMetricDistortion'),
-        dict(type='PackSegInputs'),
-    ]
-    dataset = dict(type='mmstructkd.SceneSegDataset', num_scenes=8, size=SIZE)
+    kind, train_pipeline, test_pipeline, metric = _scenes(task)
+    dataset = dict(type=kind, num_scenes=8, size=SIZE)
     cfg = dict(
-        default_scope='mmseg',
+        default_scope='mmdet' if task == 'det' else 'mmseg',
         custom_imports=dict(imports=['mmstructkd'], allow_failed_imports=False),
         model=copy.deepcopy(model),
         work_dir=str(work_dir),
@@ -157,15 +172,15 @@ def toy_config(model: dict, work_dir: Any, max_iters: int = 4, **changes: Any) -
             batch_size=2,
             num_workers=0,
             sampler=dict(type='InfiniteSampler', shuffle=True),
-            dataset=dict(dataset, split='train', pipeline=pipeline),
+            dataset=dict(dataset, split='train', pipeline=train_pipeline),
         ),
         val_dataloader=dict(
             batch_size=1,
             num_workers=0,
             sampler=dict(type='DefaultSampler', shuffle=False),
-            dataset=dict(dataset, split='val', test_mode=True, pipeline=[*pipeline[:2], pipeline[-1]]),
+            dataset=dict(dataset, split='val', test_mode=True, pipeline=test_pipeline),
         ),
-        val_evaluator=dict(type='IoUMetric', iou_metrics=['mIoU']),
+        val_evaluator=metric,
         train_cfg=dict(type='IterBasedTrainLoop', max_iters=max_iters, val_interval=1000 * max_iters),
         val_cfg=dict(type='ValLoop'),
         optim_wrapper=dict(type='OptimWrapper', optimizer=dict(type='SGD', lr=0.01, momentum=0.9, weight_decay=5e-4)),

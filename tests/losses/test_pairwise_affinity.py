@@ -76,9 +76,16 @@ def test_bad_arguments():
     for bad in (0, 1.5, True, float('nan'), 'half'):
         with pytest.raises(ConfigError, match='`kernel_scale` must be above 0 and at most 1, got'):
             PairwiseAffinityLoss(kernel_scale=bad)
-    with pytest.raises(ConfigError, match=r'`kernel_scale` must be left out .* got 0\.5 and 2'):
+    with pytest.raises(
+        ConfigError, match=r"must be given by one of .*, got \{'kernel_size': 2, 'kernel_scale': 0\.5\}"
+    ):
         PairwiseAffinityLoss(kernel_scale=0.5, kernel_size=2)
-    with pytest.raises(ConfigError, match=r"got 0\.5 and 2.*preset='code' fixes the other"):
+    with pytest.raises(ConfigError, match="'max_side': 4.*preset='paper' fixes another"):
+        PairwiseAffinityLoss(max_side=4, preset='paper')
+    for bad in (0, 2.0, True):
+        with pytest.raises(ConfigError, match='`max_side` must be an integer above 0, got'):
+            PairwiseAffinityLoss(max_side=bad)
+    with pytest.raises(ConfigError, match=r"'kernel_scale': 0\.5.*preset='code' fixes another"):
         PairwiseAffinityLoss(preset='code', kernel_size=2)
     with pytest.raises(ConfigError, match=r"`loss_weight` must be 10\.0 with preset='paper', got 5"):
         PairwiseAffinityLoss(preset='paper', loss_weight=5)
@@ -87,3 +94,11 @@ def test_bad_arguments():
 def test_print_out_shows_the_settings():
     assert "pool='max', kernel_scale=0.5, radius=None, detach_norm=True" in repr(PairwiseAffinityLoss(preset='code'))
     assert 'kernel_size=(2, 2)' in repr(PairwiseAffinityLoss())
+
+
+@pytest.mark.parametrize(('height', 'width', 'kernel'), [(9, 4, (3, 1)), (4, 4, (1, 1)), (8, 5, (2, 2))])
+def test_max_side_bounds_the_nodes(height, width, kernel):
+    student, teacher = torch.randn(2, 3, height, width), torch.randn(2, 5, height, width)
+    got = PairwiseAffinityLoss(max_side=4)(student, teacher)
+    torch.testing.assert_close(got, PairwiseAffinityLoss(kernel_size=kernel)(student, teacher))
+    assert 'max_side=4' in repr(PairwiseAffinityLoss(max_side=4))
