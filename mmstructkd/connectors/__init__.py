@@ -1,5 +1,32 @@
-"""Connectors: trained modules that make a student's tensor comparable."""
+"""Connectors: what makes a student's tensor comparable with the teacher's."""
 
+from mmstructkd.connectors.attention_fusion import AttentionFusionConnector
+from mmstructkd.connectors.base import Connector, build_connector, width_of
 from mmstructkd.connectors.conv import ConvConnector
+from mmstructkd.connectors.deep_projector import DeepProjectorConnector
+from mmstructkd.connectors.layer_mix import LayerMixConnector
+from mmstructkd.connectors.masked_generation import MaskedGenerationConnector
+from mmstructkd.connectors.pool import PoolConnector
+from mmstructkd.connectors.projector_ensemble import ProjectorEnsembleConnector
+from mmstructkd.connectors.sequential import SequentialConnector
+from mmstructkd.connectors.standardize import StandardizeConnector
+from mmstructkd.connectors.teacher_head import TeacherHeadConnector
+from mmstructkd.connectors.tokens import MapToTokensConnector, TokensToMapConnector
 
-__all__ = ['ConvConnector']
+__all__ = [
+    'AttentionFusionConnector',
+    'Connector',
+    'ConvConnector',
+    'DeepProjectorConnector',
+    'LayerMixConnector',
+    'MapToTokensConnector',
+    'MaskedGenerationConnector',
+    'PoolConnector',
+    'ProjectorEnsembleConnector',
+    'SequentialConnector',
+    'StandardizeConnector',
+    'TeacherHeadConnector',
+    'TokensToMapConnector',
+    'build_connector',
+    'width_of',
+]

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from mmcv.cnn import ConvModule
-from torch import Tensor, nn
+from torch import Tensor
 
-from mmstructkd.errors import check_positive
+from mmstructkd.connectors.base import Connector, check_width
+from mmstructkd.errors import ConfigError
 from mmstructkd.registry import MODELS
 
 __all__ = ['ConvConnector']
 
 
 @MODELS.register_module()
-class ConvConnector(nn.Module):
+class ConvConnector(Connector):
     """Project the student's feature to the teacher's number of channels.
 
-    Trained with the student, dropped from its checkpoint. The term fills in
-    both widths from the probe.
+    The regressor of FitNets (arXiv:1412.6550). Trained with the student,
+    dropped from its checkpoint. The term fills in both widths from the probe.
 
     Args:
         in_channels: width of the student's feature.
@@ -24,7 +25,17 @@ class ConvConnector(nn.Module):
         kernel_size: side of the kernel, odd; the map keeps its size.
         norm_cfg: normalisation behind the convolution, or ``None``.
         act_cfg: activation at the end, or ``None``: a feature may be negative.
+
+    Raises:
+        ConfigError: a width is not a positive integer, or ``kernel_size`` is even.
+
+    Example:
+        >>> import torch
+        >>> ConvConnector(3, 5)(torch.zeros(2, 3, 4, 4)).shape
+        torch.Size([2, 5, 4, 4])
     """
+
+    paper = 'FitNets: Hints for Thin Deep Nets (arXiv:1412.6550)'
 
     def __init__(
         self,
@@ -36,7 +47,11 @@ class ConvConnector(nn.Module):
     ) -> None:
         super().__init__()
         for name, value in (('in_channels', in_channels), ('out_channels', out_channels)):
-            check_positive('ConvConnector', name, value)
+            check_width('ConvConnector', name, value)
+        if check_width('ConvConnector', 'kernel_size', kernel_size) % 2 == 0:
+            raise ConfigError(
+                f'ConvConnector: `kernel_size` must be odd, got {kernel_size!r}. An even one would shift the map.'
+            )
         self.conv = ConvModule(
             in_channels,
             out_channels,
