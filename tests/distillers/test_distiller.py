@@ -286,7 +286,7 @@ PIXEL = dict(type='mmstructkd.PixelwiseKLLoss')
         (
             dict(a=dict(tap='decode_head.conv_seg', loss=PIXEL, connector=dict(type='mmstructkd.ConvConector'))),
             ConfigError,
-            "term 'a': `connector` must name a registered connector, got 'mmstructkd.ConvConector'. Did you mean 'ConvConnector'",
+            "term 'a': `connector` must name a registered.*got 'mmstructkd.ConvConector'. Did you mean 'ConvConnector'",
         ),
         (
             dict(a=dict(tap=dict(student=['backbone[1]', 'backbone[2]'], teacher='backbone[2]'), loss=PIXEL)),
