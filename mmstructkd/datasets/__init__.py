@@ -1,4 +1,4 @@
-"""Datasets that mmseg and mmdet lack: embedded scenes for all three tasks, and CamVid.
+"""Datasets that mmseg and mmdet lack: embedded scenes for all three tasks, CamVid, and depth in files.
 
 Each half is there if the package it builds on is: without mmdet there is no
 ``SceneDetDataset``, without mmseg only that.
@@ -13,9 +13,10 @@ __all__ = ['LoadScene', 'LoadSceneAnnotations', 'Scene', 'render_scene']
 
 if find_spec('mmseg') is not None:
     from mmstructkd.datasets.camvid import CamVidDataset
+    from mmstructkd.datasets.depth_folder import DepthFolderDataset, KITTIEigenDataset
     from mmstructkd.datasets.scene_seg import SceneDepthDataset, SceneSegDataset
 
-    __all__ += ['CamVidDataset', 'SceneDepthDataset', 'SceneSegDataset']
+    __all__ += ['CamVidDataset', 'DepthFolderDataset', 'KITTIEigenDataset', 'SceneDepthDataset', 'SceneSegDataset']
 
 if find_spec('mmdet') is not None:
     from mmstructkd.datasets.scene_det import SceneDetDataset
