@@ -52,9 +52,9 @@ TEACHER, ALONE, DISTILLED = 'teacher', 'student alone', 'distilled student'
 #: Configs of a task, in the order of the table.
 CONFIGS = {
     'segmentation': {
-        TEACHER: 'upernet_r18-w32_600_scenes-128x128.py',
+        TEACHER: 'upernet_r18-w32_800_scenes-128x128.py',
         ALONE: 'upernet_r18-w8_300_scenes-128x128.py',
-        DISTILLED: 'structkd_upernet_r18-w32_upernet_r18-w8_300_scenes-128x128.py',
+        DISTILLED: 'cwd_upernet_r18-w32_upernet_r18-w8_300_scenes-128x128.py',
     }
 }
 METRIC = 'mIoU'

@@ -1,5 +1,5 @@
 # The student of the quickstart: the teacher's network at a quarter of its width (an eighth of ResNet-18), from scratch.
-_base_ = './upernet_r18-w32_600_scenes-128x128.py'
+_base_ = './upernet_r18-w32_800_scenes-128x128.py'
 model = dict(
     backbone=dict(base_channels=8, stem_channels=8),
     decode_head=dict(in_channels=[8, 16, 32, 64], channels=16))
