@@ -32,8 +32,10 @@ MODELS = Registry(
     locations=[
         'mmstructkd.losses',
         'mmstructkd.connectors',
+        'mmstructkd.temperatures',
         'mmstructkd.critics',
         'mmstructkd.distillers',
+        'mmstructkd.models',
     ],
 )
 HOOKS = Registry('hook', parent=MMENGINE_HOOKS, scope=SCOPE, locations=['mmstructkd.hooks'])

@@ -8,23 +8,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mmstructkd.errors import check_ndim, check_positive, check_same
+from mmstructkd.errors import check_ndim, check_same
 from mmstructkd.functional.precision import full_precision
 from mmstructkd.functional.reduce import masked_mean, valid_pixels
+from mmstructkd.functional.softening import check_temperature, kl_along
 
 __all__ = ['channelwise_kl_loss', 'pixelwise_kl_loss']
 
+_kl = kl_along
+
 _WAY_OUT = 'Resize the teacher with resize_map, or put a connector in front of the student.'
-
-# Logits near the end of the range make a log-probability of minus infinity, and the term of a class
-# that the teacher gives probability 0 would then be 0 * inf = NaN.
-_LOWEST = -1e30
-
-
-def _kl(log_s: Tensor, log_t: Tensor, dim: int) -> Tensor:
-    """KL(t || s) along ``dim`` from log-probabilities; the teacher carries no graph."""
-    log_t = log_t.clamp(min=_LOWEST)
-    return (log_t.exp() * (log_t - log_s.clamp(min=_LOWEST))).sum(dim)
 
 
 @full_precision
@@ -32,7 +25,7 @@ def pixelwise_kl_loss(
     student: Tensor,
     teacher: Tensor,
     *,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     labels: Tensor | None = None,
     ignore_index: int = 255,
     valid: Tensor | None = None,
@@ -49,25 +42,27 @@ def pixelwise_kl_loss(
     gradient of the form here. That code sums over the batch: its gradient is B
     times this one at ``temperature=1``.
 
-    The gradient reaches ``student`` only. The value does not change when a
-    constant is added to all logits of a pixel.
+    The gradient reaches ``student``, and ``temperature`` where that is a tensor.
+    The value does not change when a constant is added to all logits of a pixel.
 
     Args:
-        student: logits, shape (B, C, H, W), any float dtype.
+        student: logits, shape (B, C, H, W), or (M, C) for the M regions of a box
+            head; any float dtype.
         teacher: logits, same shape. Detached here.
-        temperature: T, above 0. The factor T squared keeps the gradient's scale.
-        labels: integer classes, shape (B, h, w), brought to H x W by nearest;
-            only compared with ``ignore_index``.
+        temperature: T, above 0, a number or a scalar tensor. The factor T
+            squared keeps the gradient's scale.
+        labels: integer classes, shape (B, h, w), brought to H x W by nearest, or
+            (M,); only compared with ``ignore_index``.
         ignore_index: pixels with this label do not count.
-        valid: pixels that count, bool, shape (B, h, w), likewise. ``None``: all.
+        valid: pixels that count, bool, shape as ``labels``. ``None``: all.
 
     Returns:
         Scalar in nats, at least float32: the mean over the pixels V that count,
         0 with a graph if there is none. Time and memory O(B C N).
 
     Raises:
-        ShapeError: an input is not 4-D, the shapes differ, or ``labels`` or
-            ``valid`` is not a map of B images.
+        ShapeError: an input is neither 4-D nor 2-D, the shapes differ, or
+            ``labels`` or ``valid`` does not fit them.
         ConfigError: ``temperature`` is not above 0.
 
     Example:
@@ -78,19 +73,20 @@ def pixelwise_kl_loss(
         0.3278
     """
     owner = 'pixelwise_kl_loss'
-    check_positive(owner, 'temperature', temperature)
-    check_ndim(owner, 'student', student, 4, '(B, C, H, W)')
-    check_ndim(owner, 'teacher', teacher, 4, '(B, C, H, W)')
-    check_same(owner, student, teacher, (0, 1, 2, 3), 'B, C, H and W', _WAY_OUT)
+    check_temperature(owner, temperature)
+    for name, logits in (('student', student), ('teacher', teacher)):
+        check_ndim(owner, name, logits, (2, 4), '(B, C, H, W) or (M, C)')
+    axes = range(4) if student.dim() == 4 else range(2)
+    check_same(owner, student, teacher, axes, 'B, C, H and W' if student.dim() == 4 else 'M and C', _WAY_OUT)
     counts = valid_pixels(owner, student, labels=labels, ignore_index=ignore_index, valid=valid)
     teacher = teacher.detach()
     if counts is not None:
         # Before the softmax, so that whatever stands at an ignored pixel, NaN included, goes nowhere.
-        student = torch.where(counts[:, None], student, 0)
-        teacher = torch.where(counts[:, None], teacher, 0)
+        student = torch.where(counts.unsqueeze(1), student, 0)
+        teacher = torch.where(counts.unsqueeze(1), teacher, 0)
     log_s = torch.log_softmax(student / temperature, dim=1)
     log_t = torch.log_softmax(teacher / temperature, dim=1)
-    return temperature**2 * masked_mean(_kl(log_s, log_t, dim=1), counts)
+    return temperature**2 * masked_mean(kl_along(log_s, log_t, dim=1), counts)
 
 
 @full_precision
@@ -98,7 +94,7 @@ def channelwise_kl_loss(
     student: Tensor,
     teacher: Tensor,
     *,
-    temperature: float = 4.0,
+    temperature: float | Tensor = 4.0,
     valid: Tensor | None = None,
 ) -> Tensor:
     r"""Divergence of where each channel is active in the student from where in the teacher.
@@ -111,13 +107,13 @@ def channelwise_kl_loss(
     authors' code: ``log_softmax`` instead of the logarithm of a softmax, which
     is minus infinity on peaked maps, and positions can be left out.
 
-    The gradient reaches ``student`` only. The value does not change when a
-    constant is added to a channel. It is a sum over positions: it grows with N.
+    The gradient reaches ``student``, and ``temperature`` where that is a tensor.
+    The value does not change when a constant is added to a channel. It is a sum over positions: it grows with N.
 
     Args:
         student: logits or features, shape (B, C, H, W), any float dtype.
         teacher: same shape. Detached here.
-        temperature: T, above 0.
+        temperature: T, above 0, a number or a scalar tensor.
         valid: positions that count, bool, shape (B, h, w), brought to H x W by
             nearest: both distributions live on these alone. ``None``: all.
 
@@ -139,11 +135,15 @@ def channelwise_kl_loss(
         0.3278
     """
     owner = 'channelwise_kl_loss'
-    check_positive(owner, 'temperature', temperature)
+    check_temperature(owner, temperature)
     check_ndim(owner, 'student', student, 4, '(B, C, H, W)')
     check_ndim(owner, 'teacher', teacher, 4, '(B, C, H, W)')
     check_same(owner, student, teacher, (0, 1, 2, 3), 'B, C, H and W', _WAY_OUT)
     counts = valid_pixels(owner, student, valid=valid)
+    if counts is not None and isinstance(temperature, Tensor):
+        # What stands at an ignored position must not reach the temperature's gradient either.
+        student = torch.where(counts[:, None], student, 0)
+        teacher = torch.where(counts[:, None], teacher, 0)
     scaled_s = student.flatten(2) / temperature
     scaled_t = teacher.detach().flatten(2) / temperature
     some = None
@@ -157,4 +157,4 @@ def channelwise_kl_loss(
         some = counts.any(dim=-1)
     log_s = torch.log_softmax(scaled_s, dim=-1)
     log_t = torch.log_softmax(scaled_t, dim=-1)
-    return temperature**2 * masked_mean(_kl(log_s, log_t, dim=-1), some)
+    return temperature**2 * masked_mean(kl_along(log_s, log_t, dim=-1), some)

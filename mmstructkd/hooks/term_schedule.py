@@ -1,4 +1,4 @@
-"""Sets the weight of each term for the coming iteration."""
+"""Sets the weight of each term for the coming iteration, and tells its modules how far the training is."""
 
 from __future__ import annotations
 
@@ -18,13 +18,28 @@ class TermScheduleHook(Hook):
     """Evaluates each term's schedule before each iteration.
 
     The factor is a function of ``runner.iter`` and ``runner.epoch`` alone, so a
-    resumed run goes on with the right one.
+    resumed run goes on with the right one. The same holds for modules of the
+    terms that have a method ``set_progress(step, last)`` (temperatures): it is
+    called with the iterations done and those of the whole training, or with
+    epochs where the module's ``by_epoch`` is true.
     """
 
     priority = 'VERY_HIGH'
 
+    def __init__(self) -> None:
+        self._followers: list[Any] | None = None
+
+    def before_train(self, runner: Runner) -> None:
+        """Look for the modules that follow the training, once.
+
+        Args:
+            runner: the runner.
+        """
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        self._followers = [module for module in model.terms.modules() if hasattr(module, 'set_progress')]
+
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
-        """Write the factors.
+        """Write the factors, and tell the modules.
 
         Args:
             runner: the runner.
@@ -36,3 +51,10 @@ class TermScheduleHook(Hook):
             by_epoch = term.schedule.by_epoch
             step, last = (runner.epoch, runner.max_epochs) if by_epoch else (runner.iter, runner.max_iters)
             term.factor = term.schedule.factor(step, last)
+        if self._followers is None:
+            self.before_train(runner)
+        for module in self._followers or ():
+            if getattr(module, 'by_epoch', False):
+                module.set_progress(runner.epoch, runner.max_epochs)
+            else:
+                module.set_progress(runner.iter, runner.max_iters)

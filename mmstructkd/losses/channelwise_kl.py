@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
-from mmstructkd.errors import check_positive
 from mmstructkd.functional.divergence import channelwise_kl_loss
 from mmstructkd.functional.reduce import valid_pixels
-from mmstructkd.losses.base import DistillLoss
+from mmstructkd.losses.softening import SoftenedLoss
 from mmstructkd.registry import MODELS
 from mmstructkd.structures import Targets
 
@@ -15,7 +16,7 @@ __all__ = ['ChannelwiseKLLoss']
 
 
 @MODELS.register_module()
-class ChannelwiseKLLoss(DistillLoss):
+class ChannelwiseKLLoss(SoftenedLoss):
     r"""Divergence of where each channel of the student is active from where in the teacher.
 
     Channel-wise Knowledge Distillation (arXiv:2011.13256). See
@@ -26,8 +27,8 @@ class ChannelwiseKLLoss(DistillLoss):
 
     Args:
         loss_weight: factor of the loss, finite and at least 0.
-        temperature: softens both distributions, above 0; the loss is multiplied
-            by its square.
+        temperature: softens both distributions: a number above 0, or the config
+            of a registered temperature. The loss is multiplied by its square.
 
     Shape:
         - student, teacher: :math:`(B, C, H, W)`; the teacher is detached.
@@ -47,10 +48,10 @@ class ChannelwiseKLLoss(DistillLoss):
         0.0
     """
 
-    def __init__(self, loss_weight: float = 1.0, *, temperature: float = 4.0) -> None:
-        super().__init__(loss_weight=loss_weight)
-        check_positive(type(self).__name__, 'temperature', temperature)
-        self.temperature = float(temperature)
+    softened_axes = (2, 3)
+
+    def __init__(self, loss_weight: float = 1.0, *, temperature: Any = 4.0) -> None:
+        super().__init__(loss_weight, temperature)
 
     def compute(self, student: Tensor, teacher: Tensor, targets: Targets) -> Tensor:
         """Return the unweighted loss."""
@@ -61,8 +62,5 @@ class ChannelwiseKLLoss(DistillLoss):
             ignore_index=targets.ignore_index,
             valid=targets.valid,
         )
-        return channelwise_kl_loss(student, teacher, temperature=self.temperature, valid=valid)
-
-    def extra_repr(self) -> str:
-        """Show the settings in the model's print-out."""
-        return f'{super().extra_repr()}, temperature={self.temperature:g}'
+        student, teacher, temperature = self.soften(student, teacher, targets)
+        return channelwise_kl_loss(student, teacher, temperature=temperature, valid=valid)

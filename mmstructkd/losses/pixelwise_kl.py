@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
-from mmstructkd.errors import check_one_of, check_positive
+from mmstructkd.errors import check_one_of
 from mmstructkd.functional.divergence import pixelwise_kl_loss
-from mmstructkd.losses.base import DistillLoss
+from mmstructkd.losses.class_targets import ClassMap, counting
 from mmstructkd.losses.presets import settle
+from mmstructkd.losses.softening import SoftenedLoss
 from mmstructkd.registry import MODELS
 from mmstructkd.structures import Targets
 
@@ -24,13 +26,14 @@ _PRESETS: dict[str, dict[str, Any]] = {
 
 
 @MODELS.register_module()
-class PixelwiseKLLoss(DistillLoss):
+class PixelwiseKLLoss(SoftenedLoss):
     r"""Divergence of the student's class probabilities from the teacher's at each pixel.
 
     Knowledge distillation per pixel, and the pixel-wise term of Structured
     Knowledge Distillation (arXiv:1903.04197). See
     :func:`~mmstructkd.functional.divergence.pixelwise_kl_loss` for the formula.
-    Tap class scores of the same classes in both networks.
+    Tap class scores of the same classes in both networks, or the rows of scores of
+    a box head.
 
     ===============  =======  ===========  ==========
     argument         default  ``'paper'``  ``'code'``
@@ -47,15 +50,21 @@ class PixelwiseKLLoss(DistillLoss):
 
     Args:
         loss_weight: factor of the loss, finite and at least 0.
-        temperature: softens both distributions, above 0; the loss is multiplied
-            by its square.
+        temperature: softens both distributions: a number above 0, or the config
+            of a registered temperature. The loss is multiplied by its square.
         batch_reduction: ``'mean'`` over the pixels of the batch that count, or
             ``'sum'``: that mean times B.
+        class_map: for a teacher of finer or reordered classes: for each of its
+            classes the student's class that it is (part of), -1 for none. The
+            teacher's probabilities of what is one class are added up; a class of
+            the student that the teacher does not know is left out of both
+            distributions. ``None``: both have the same classes.
         preset: ``'paper'``, ``'code'`` or ``None``. A preset fixes the values of
             its column; an argument that says otherwise is an error.
 
     Shape:
-        - student, teacher: :math:`(B, C, H, W)`; the teacher is detached.
+        - student, teacher: :math:`(B, C, H, W)` or :math:`(M, C)`; the teacher is
+          detached. Rows know labels and masks of their own only.
         - output: scalar, in nats, 0 with a graph where no pixel counts.
 
     Raises:
@@ -77,32 +86,38 @@ class PixelwiseKLLoss(DistillLoss):
         self,
         loss_weight: float | None = None,
         *,
-        temperature: float | None = None,
+        temperature: Any = None,
         batch_reduction: str | None = None,
+        class_map: Sequence[int] | None = None,
         preset: str | None = None,
     ) -> None:
         owner = type(self).__name__
         given = {'loss_weight': loss_weight, 'temperature': temperature, 'batch_reduction': batch_reduction}
         settings = settle(owner, preset, given, defaults=_DEFAULTS, presets=_PRESETS)
-        super().__init__(loss_weight=settings['loss_weight'])
-        check_positive(owner, 'temperature', settings['temperature'])
+        super().__init__(settings['loss_weight'], settings['temperature'])
         check_one_of(owner, 'batch_reduction', settings['batch_reduction'], _REDUCTIONS)
         self.preset = preset
-        self.temperature = float(settings['temperature'])
         self.batch_reduction: str = settings['batch_reduction']
+        self.class_map = None if class_map is None else ClassMap(owner, class_map)
+
+    @property
+    def maps_classes(self) -> bool:
+        """Whether the teacher may have other classes."""
+        return self.class_map is not None
 
     def compute(self, student: Tensor, teacher: Tensor, targets: Targets) -> Tensor:
         """Return the unweighted loss."""
+        if self.class_map is not None:
+            student, teacher = self.class_map(student, teacher)
+        student, teacher, temperature = self.soften(student, teacher, targets)
         loss = pixelwise_kl_loss(
             student,
             teacher,
-            temperature=self.temperature,
-            labels=targets.labels,
-            ignore_index=targets.ignore_index,
-            valid=targets.valid,
+            temperature=temperature,
+            valid=counting(type(self).__name__, student, targets),
         )
         return loss * student.shape[0] if self.batch_reduction == 'sum' else loss
 
     def extra_repr(self) -> str:
         """Show the settings in the model's print-out."""
-        return f'{super().extra_repr()}, temperature={self.temperature:g}, batch_reduction={self.batch_reduction!r}'
+        return f'{super().extra_repr()}, batch_reduction={self.batch_reduction!r}'

@@ -24,7 +24,8 @@ class DistillOptimWrapperConstructor:
     - the student: exactly what ``base_constructor`` makes of the plain model
       (layer decay, ``paramwise_cfg``, names without a prefix);
     - connectors and what else the terms train: one more group of that
-      optimiser, with its default settings;
+      optimiser, with its default settings; those that a module of the terms names
+      in ``no_weight_decay`` (learnable temperatures): another one, without decay;
     - a part with settings of its own (``HolisticLoss(optimizer=...)``): an
       optimiser of its own, stepped, scheduled and resumed with the rest.
 
@@ -69,8 +70,14 @@ class DistillOptimWrapperConstructor:
         )
         wrapper = constructor(model.student)
         shared, own = model.auxiliary_parameters()
-        if shared:
-            wrapper.optimizer.add_param_group({'params': shared})
+        bare = {
+            getattr(module, name) for module in model.terms.modules() for name in getattr(module, 'no_weight_decay', ())
+        }
+        decayed, undecayed = [p for p in shared if p not in bare], [p for p in shared if p in bare]
+        if decayed:
+            wrapper.optimizer.add_param_group({'params': decayed})
+        if undecayed:
+            wrapper.optimizer.add_param_group({'params': undecayed, 'weight_decay': 0.0})
         if own:
             parts = [OPTIMIZERS.build({**settings, 'params': params}) for settings, params in own]
             wrapper.optimizer = CompositeOptimizer([wrapper.optimizer, *parts])

@@ -184,9 +184,10 @@ def test_one_pixel(loss):
 def test_bad_arguments(loss):
     name = loss.__name__
     x = torch.zeros(2, 3, 4, 5)
-    with pytest.raises(ShapeError, match=rf'{name}: `student` must have shape \(B, C, H, W\), got \(3, 4, 5\)'):
+    shape = r'\(B, C, H, W\)' + (r' or \(M, C\)' if loss is pixelwise_kl_loss else '')
+    with pytest.raises(ShapeError, match=rf'{name}: `student` must have shape {shape}, got \(3, 4, 5\)'):
         loss(x[0], x)
-    with pytest.raises(ShapeError, match=rf'{name}: `teacher` must have shape \(B, C, H, W\), got \(3, 4, 5\)'):
+    with pytest.raises(ShapeError, match=rf'{name}: `teacher` must have shape {shape}, got \(3, 4, 5\)'):
         loss(x, x[0])
     with pytest.raises(ShapeError, match=r'must share B, C, H and W, got \(2, 3, 4, 5\) and \(2, 3, 4, 1\)\. Resize'):
         loss(x, x[..., :1])
@@ -197,3 +198,51 @@ def test_bad_arguments(loss):
     for bad in (0, -1, float('nan'), float('inf'), 'hot'):
         with pytest.raises(ConfigError, match=rf'{name}: `temperature` must be a finite number above 0, got'):
             loss(x, x, temperature=bad)
+
+
+def test_rows_are_pixels():
+    student, teacher = pair()
+    rows_s, rows_t = (z.movedim(1, -1).reshape(-1, 4) for z in (student, teacher))
+    labels = torch.randint(0, 4, (3, 2, 5))
+    labels[0, :, 1:3] = 9
+    valid = mask()
+    for given in ({}, {'labels': labels, 'ignore_index': 9}, {'valid': valid}):
+        flat = {k: v.flatten() if isinstance(v, torch.Tensor) else v for k, v in given.items()}
+        got = pixelwise_kl_loss(rows_s, rows_t, temperature=2.0, **flat)
+        torch.testing.assert_close(got, pixelwise_kl_loss(student, teacher, temperature=2.0, **given))
+
+
+def test_bad_rows():
+    x = torch.zeros(5, 3)
+    with pytest.raises(ShapeError, match=r'must share M and C, got \(5, 3\) and \(5, 2\)'):
+        pixelwise_kl_loss(x, x[:, :2])
+    with pytest.raises(ShapeError, match=r'must share M and C, got \(5, 3\) and \(5, 3, 1, 1\)'):
+        pixelwise_kl_loss(x, x[..., None, None])
+    with pytest.raises(ShapeError, match=r'`labels` must have shape \(M,\) with M = 5, got \(4,\)'):
+        pixelwise_kl_loss(x, x, labels=torch.zeros(4, dtype=torch.int64))
+    with pytest.raises(ConfigError, match=r'`valid` must be boolean, got torch\.int64'):
+        pixelwise_kl_loss(x, x, valid=torch.zeros(5, dtype=torch.int64))
+
+
+@both
+@pytest.mark.parametrize('masked', [False, True])
+def test_a_tensor_as_temperature(loss, masked):
+    student, teacher = pair()
+    valid = mask() if masked else None
+    number = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    torch.testing.assert_close(
+        loss(student, teacher, temperature=number, valid=valid), loss(student, teacher, temperature=2.0, valid=valid)
+    )
+    assert torch.autograd.gradcheck(lambda s, t: loss(s, teacher, temperature=t, valid=valid), (student, number))
+    with pytest.raises(ShapeError, match=r'`temperature` must be a number or a tensor without axes, got shape \(1,\)'):
+        loss(student, teacher, temperature=torch.ones(1))
+
+
+@both
+def test_ignored_pixels_do_not_reach_the_temperature(loss):
+    student, teacher = pair()
+    number = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    (want,) = torch.autograd.grad(loss(student, teacher, temperature=number, valid=mask()), number)
+    spoiled = [torch.where(mask()[:, None], z, float('nan')) for z in (student, teacher)]
+    (got,) = torch.autograd.grad(loss(*spoiled, temperature=number, valid=mask()), number)
+    torch.testing.assert_close(got, want)

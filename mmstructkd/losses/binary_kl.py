@@ -1,0 +1,103 @@
+"""Class maps of detectors: each class a yes or no of its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from mmstructkd.errors import ConfigError, check_one_of
+from mmstructkd.functional.detection import binary_kl_loss, inside_boxes
+from mmstructkd.losses.class_targets import counting
+from mmstructkd.losses.softening import SoftenedLoss
+from mmstructkd.registry import MODELS
+from mmstructkd.structures import Targets
+
+__all__ = ['BinaryKLLoss']
+
+NORMALIZERS = ('weights', 'positions', 'boxes')
+
+
+@MODELS.register_module()
+class BinaryKLLoss(SoftenedLoss):
+    r"""Divergence of independent class probabilities, weighted by the teacher's confidence.
+
+    The pixel-wise term of Structured Knowledge Distillation (arXiv:1903.04197) for
+    heads whose classes are sigmoids. See
+    :func:`~mmstructkd.functional.detection.binary_kl_loss` for the formula. Tap the
+    class maps: ``'bbox_head.conv_cls'`` of FCOS, ``'bbox_head.retina_cls'`` of
+    RetinaNet (with its number of ``anchors``), ``'bbox_head.gfl_cls'`` of GFL. The
+    default weight is this project's; no published value is known.
+
+    Args:
+        loss_weight: factor of the loss, finite and at least 0.
+        temperature: softens both: a number above 0, or the config of a registered
+            temperature (not the standardised one: a class alone has no spread).
+            The loss is multiplied by its square.
+        anchors: anchors of a position, side by side in the channels.
+        normalizer: what the weighted sum is divided by: ``'weights'``, their sum;
+            ``'positions'``, the positions and anchors that count; ``'boxes'``, the
+            positions whose centre lies inside a labelled box, at least 1.
+
+    Shape:
+        - student, teacher: :math:`(B, A K, H, W)` or :math:`(M, K)`; the teacher is
+          detached. Rows know labels and masks of their own only.
+        - output: scalar, in nats, 0 with a graph where no position counts.
+
+    Raises:
+        ConfigError: an argument is out of range, or the boxes are missing.
+        ShapeError: the maps differ in shape, or do not split into anchors.
+
+    Example:
+        >>> import torch
+        >>> z = torch.randn(2, 5, 4, 4)
+        >>> BinaryKLLoss()(z, z).item()
+        0.0
+    """
+
+    # A 1x1 convolution would let the student hide behind it: classes must be the same ones.
+    needs_equal_channels = False
+    softened_axes = None
+    tasks = ('seg', 'det')
+    transfers = 'independent (sigmoid) class probabilities, most where the teacher is sure'
+    paper = 'Structured Knowledge Distillation for Dense Prediction (arXiv:1903.04197)'
+
+    def __init__(
+        self,
+        loss_weight: float = 1.0,
+        *,
+        temperature: Any = 1.0,
+        anchors: int = 1,
+        normalizer: str = 'weights',
+    ) -> None:
+        super().__init__(loss_weight, temperature)
+        owner = type(self).__name__
+        if isinstance(anchors, bool) or not isinstance(anchors, int) or anchors < 1:
+            raise ConfigError(f'{owner}: `anchors` must be an integer above 0, got {anchors!r}.')
+        check_one_of(owner, 'normalizer', normalizer, NORMALIZERS)
+        self.anchors = anchors
+        self.normalizer = normalizer
+
+    def compute(self, student: Tensor, teacher: Tensor, targets: Targets) -> Tensor:
+        """Return the unweighted loss."""
+        owner = type(self).__name__
+        valid = counting(owner, student, targets)
+        normalizer: str | Tensor = self.normalizer
+        if normalizer == 'boxes':
+            if student.dim() != 4 or targets.boxes is None or targets.input_size is None:
+                raise ConfigError(
+                    f"{owner}: `targets.boxes` and `targets.input_size` must be given for normalizer='boxes', and "
+                    f'the inputs be maps, got {targets.boxes!r}, {targets.input_size!r} and {tuple(student.shape)}. '
+                    "Set normalizer='weights'."
+                )
+            size = (student.shape[2], student.shape[3])
+            inside = inside_boxes(targets.boxes, size, targets.input_size).to(student.device)
+            normalizer = (inside if valid is None else inside & valid).sum().float()
+        student, teacher, temperature = self.soften(student, teacher, targets)
+        return binary_kl_loss(
+            student, teacher, temperature=temperature, anchors=self.anchors, normalizer=normalizer, valid=valid
+        )
+
+    def extra_repr(self) -> str:
+        """Show the settings in the model's print-out."""
+        return f'{super().extra_repr()}, anchors={self.anchors}, normalizer={self.normalizer!r}'

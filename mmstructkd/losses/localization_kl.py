@@ -1,0 +1,171 @@
+"""Localization distillation: where a box's edges lie, and how surely."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from mmstructkd.errors import ConfigError, check_finite_number, check_one_of
+from mmstructkd.functional.detection import edge_confidence, inside_boxes, localization_kl_loss
+from mmstructkd.losses.class_targets import counting
+from mmstructkd.losses.presets import settle
+from mmstructkd.losses.softening import SoftenedLoss
+from mmstructkd.registry import MODELS
+from mmstructkd.structures import Targets
+
+__all__ = ['LocalizationKLLoss']
+
+REGIONS = ('boxes', 'confident', 'all')
+
+_DEFAULTS: dict[str, Any] = {
+    'loss_weight': 0.25,
+    'temperature': 10.0,
+    'bin_reduction': 'sum',
+    'reduction': 'mean',
+}
+_PRESETS: dict[str, dict[str, Any]] = {
+    'code': {'loss_weight': 0.25, 'temperature': 10.0, 'bin_reduction': 'mean', 'reduction': 'sum'},
+}
+
+
+@MODELS.register_module()
+class LocalizationKLLoss(SoftenedLoss):
+    r"""Divergence of the student's box-edge distributions from the teacher's.
+
+    Localization Distillation (arXiv:2102.12252). See
+    :func:`~mmstructkd.functional.detection.localization_kl_loss` for the formula.
+    Tap the edge logits of a head that predicts distributions, such as
+    ``'bbox_head.gfl_reg'`` of a GFL; a head with plain offsets has none.
+
+    =============  =======  ==========
+    argument       default  ``'code'``
+    =============  =======  ==========
+    loss_weight    0.25     0.25
+    temperature    10       10
+    bin_reduction  sum      mean
+    reduction      mean     sum
+    =============  =======  ==========
+
+    ``'code'``: the scale of the authors' released code, which sums over the
+    positives. That code takes the positions its assigner picked and weighs them by
+    the student's class scores; here positions come from ``region`` and weigh the
+    same. Its second term, on positions around the positives, is not here.
+
+    Args:
+        loss_weight: factor of the loss, finite and at least 0.
+        temperature: softens both: a number above 0, or the config of a registered
+            temperature. The loss is multiplied by its square.
+        region: which positions of a map count: those whose centre lies inside a
+            labelled box (``'boxes'``, on every level alike), those where the
+            teacher's edges are sharp (``'confident'``: the likeliest bin has a
+            probability of at least ``threshold``, mean over the edges; needs no
+            boxes), or ``'all'``. Rows count all.
+        threshold: see ``region``, within [0, 1].
+        edges: distributions a position: 4, or 1 for depth in bins.
+        bin_reduction: ``'sum'``, a divergence, or ``'mean'`` over the bins.
+        reduction: ``'mean'`` over the positions, or their ``'sum'``.
+        preset: ``'code'`` or ``None``. A preset fixes the values of its column; an
+            argument that says otherwise is an error.
+
+    Shape:
+        - student, teacher: :math:`(B, 4(n+1), H, W)`, or :math:`(M, n+1)`, one
+          edge a row; the teacher is detached.
+        - output: scalar, in nats, 0 with a graph where no position counts.
+
+    Raises:
+        ConfigError: an argument is out of range or contradicts the preset, or the
+            boxes are missing.
+        ShapeError: the maps differ in shape, or do not split into edges.
+
+    Example:
+        >>> import torch
+        >>> z = torch.randn(1, 68, 4, 4)
+        >>> targets = Targets(boxes=(torch.tensor([[0.0, 0.0, 16.0, 16.0]]),), input_size=(32, 32))
+        >>> LocalizationKLLoss()(z, z, targets).item()
+        0.0
+    """
+
+    # A 1x1 convolution would let the student hide behind it: bins must be the same ones.
+    needs_equal_channels = False
+    tasks = ('depth', 'det')
+    transfers = 'distributions of the edges of boxes'
+    paper = 'Localization Distillation for Dense Object Detection (arXiv:2102.12252)'
+
+    def __init__(
+        self,
+        loss_weight: float | None = None,
+        *,
+        temperature: Any = None,
+        region: str = 'boxes',
+        threshold: float = 0.5,
+        edges: int = 4,
+        bin_reduction: str | None = None,
+        reduction: str | None = None,
+        preset: str | None = None,
+    ) -> None:
+        owner = type(self).__name__
+        given = {
+            'loss_weight': loss_weight,
+            'temperature': temperature,
+            'bin_reduction': bin_reduction,
+            'reduction': reduction,
+        }
+        settings = settle(owner, preset, given, defaults=_DEFAULTS, presets=_PRESETS)
+        super().__init__(settings['loss_weight'], settings['temperature'])
+        if not isinstance(self.temperature, float) and self.temperature.reshapes:
+            raise ConfigError(
+                f'{owner}: `temperature` must be one that leaves the scores as they are, got '
+                f'{type(self.temperature).__name__}. The channels hold several distributions.'
+            )
+        check_one_of(owner, 'region', region, REGIONS)
+        check_finite_number(owner, 'threshold', threshold, minimum=0)
+        check_one_of(owner, 'bin_reduction', settings['bin_reduction'], ('sum', 'mean'))
+        check_one_of(owner, 'reduction', settings['reduction'], ('mean', 'sum'))
+        if isinstance(edges, bool) or not isinstance(edges, int) or edges < 1:
+            raise ConfigError(f'{owner}: `edges` must be an integer above 0, got {edges!r}.')
+        self.preset = preset
+        self.region = region
+        self.threshold = float(threshold)
+        self.edges = edges
+        self.bin_reduction: str = settings['bin_reduction']
+        self.reduction: str = settings['reduction']
+
+    def compute(self, student: Tensor, teacher: Tensor, targets: Targets) -> Tensor:
+        """Return the unweighted loss."""
+        valid = self._positives(student, teacher, targets) if student.dim() == 4 else None
+        student, teacher, temperature = self.soften(student, teacher, targets)
+        return localization_kl_loss(
+            student,
+            teacher,
+            temperature=temperature,
+            edges=self.edges,
+            valid=valid,
+            bin_reduction=self.bin_reduction,
+            reduction=self.reduction,
+        )
+
+    def _positives(self, student: Tensor, teacher: Tensor, targets: Targets) -> Tensor | None:
+        """Which positions count, bool, shape (B, H, W)."""
+        owner = type(self).__name__
+        valid = counting(owner, student, targets)
+        if self.region == 'all':
+            return valid
+        if self.region == 'confident':
+            chosen = edge_confidence(teacher, edges=self.edges) >= self.threshold
+        elif targets.boxes is None or targets.input_size is None:
+            raise ConfigError(
+                f"{owner}: `targets.boxes` and `targets.input_size` must be given for region='boxes', got "
+                f"{targets.boxes!r} and {targets.input_size!r}. Set region='confident' where there are no boxes."
+            )
+        else:
+            size = (student.shape[2], student.shape[3])
+            chosen = inside_boxes(targets.boxes, size, targets.input_size).to(student.device)
+        return chosen if valid is None else chosen & valid
+
+    def extra_repr(self) -> str:
+        """Show the settings in the model's print-out."""
+        return (
+            f'{super().extra_repr()}, region={self.region!r}, bin_reduction={self.bin_reduction!r}, '
+            f'reduction={self.reduction!r}'
+        )

@@ -1,0 +1,74 @@
+"""The temperature of a loss: a number, or a module in its place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from mmstructkd.errors import ConfigError
+from mmstructkd.losses.base import DistillLoss
+from mmstructkd.losses.class_targets import counting
+from mmstructkd.structures import Targets
+from mmstructkd.temperatures import Softened, Temperature, build_temperature
+
+__all__ = ['SoftenedLoss']
+
+
+class SoftenedLoss(DistillLoss):
+    """A loss that divides scores by a temperature.
+
+    A subclass calls :meth:`soften` on what it is given and hands on all three
+    results; the functional core divides, and multiplies by the square.
+
+    Args:
+        loss_weight: factor of the loss, finite and at least 0.
+        temperature: a number above 0, or the config of a registered temperature
+            (``ScheduledTemperature``, ``LearnableTemperature``, ...).
+
+    Attributes:
+        softened_axes: axes of the distribution that the loss makes of its inputs:
+            1, classes at each position; (2, 3), positions of each channel.
+            ``None``: there are none, as where a temperature applies to similarities
+            of features; then a temperature that changes scores is refused.
+
+    Raises:
+        ConfigError: an argument is out of range.
+    """
+
+    softened_axes: int | tuple[int, ...] | None = 1
+
+    def __init__(self, loss_weight: float, temperature: Any) -> None:
+        super().__init__(loss_weight=loss_weight)
+        owner = type(self).__name__
+        self.temperature: float | Temperature = build_temperature(owner, temperature)
+        if self.softened_axes is None and isinstance(self.temperature, Temperature) and self.temperature.reshapes:
+            raise ConfigError(
+                f'{owner}: `temperature` must be one that leaves the scores as they are, got '
+                f'{type(self.temperature).__name__}. Its inputs are not the scores of one distribution along an axis.'
+            )
+
+    def soften(self, student: Tensor, teacher: Tensor, targets: Targets | None = None) -> Softened:
+        """Ask the temperature.
+
+        Args:
+            student: the student's scores.
+            teacher: the teacher's.
+            targets: what the batch knows besides; what does not count there is
+                left out of a temperature's statistics.
+
+        Returns:
+            Student, teacher and the temperature, for the functional core.
+        """
+        if not isinstance(self.temperature, Temperature):
+            return Softened(student, teacher, self.temperature)
+        valid = None
+        if self.temperature.reshapes and targets is not None:
+            valid = counting(type(self).__name__, student, targets)
+        softened: Softened = self.temperature(student, teacher, dim=self.softened_axes or 1, valid=valid)
+        return softened
+
+    def extra_repr(self) -> str:
+        """Show the settings in the model's print-out."""
+        shown = f'{self.temperature:g}' if isinstance(self.temperature, float) else type(self.temperature).__name__
+        return f'{super().extra_repr()}, temperature={shown}'
