@@ -119,6 +119,11 @@ class SequentialConnector(Connector):
             )
         for step in self.steps:
             if isinstance(step, nn.ModuleList):
+                if len(step) != len(students):
+                    raise ShapeError(
+                        f'{type(self).__name__}: {type(step[0]).__name__} must come before what changes the number of '
+                        f'levels, got {len(students)} levels for {len(step)} widths.'
+                    )
                 students = [part(student) for part, student in zip(step, students, strict=True)]
                 continue
             if getattr(step, 'needs_input_size', False):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from mmstructkd.connectors import SequentialConnector
+from mmstructkd.connectors import Connector, SequentialConnector
 from mmstructkd.errors import ConfigError, ShapeError
 
 
@@ -91,3 +91,20 @@ def test_layers_that_do_not_fit_are_named():
         build('ConvConnector', widths=([3], [5, 6]))
     with pytest.raises(ShapeError, match='2 tensors of the student and 2 of the teacher.* got 1 and 2'):
         build('ConvConnector')(maps([3]), maps([5, 6]))
+
+
+def test_levels_that_a_connector_takes_away_are_named():
+    class Last(Connector):
+        joint = keeps_width = True
+
+        def __init__(self, in_channels, out_channels):
+            super().__init__()
+
+        def forward(self, students, teachers):
+            return students[-1:], teachers[-1:]
+
+    connector = build({'type': Last}, 'ConvConnector')
+    with pytest.raises(ShapeError, match='ConvConnector must come before .* got 1 levels for 2 widths'):
+        connector(maps([3, 4]), maps([5, 6]))
+    out_s, out_t = build('ConvConnector', {'type': Last})(maps([3, 4]), maps([5, 6]))
+    assert [t.shape[1] for t in out_s + out_t] == [6, 6]
