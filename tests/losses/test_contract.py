@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pickle
 
 import pytest
@@ -20,8 +21,40 @@ NAMES = sorted(
     if isinstance(kind, type) and issubclass(kind, DistillLoss) and kind.__module__.startswith('mmstructkd.')
 )
 #: Settings that keep a loss small here; nothing that it promises depends on them.
-SMALL = {'HolisticLoss': {'critic': {'base_channels': 2}, 'seed': 0}}
+SMALL = {
+    'DecoupledKLLoss': {'target': 'teacher'},
+    'HolisticLoss': {'critic': {'base_channels': 2}, 'seed': 0},
+    'IntraClassVariationLoss': {'num_classes': 3},
+    'LocalizationKLLoss': {'region': 'all', 'edges': 1},
+    'MemoryContrastLoss': {'num_classes': 3, 'seed': 0},
+    'OrdinalRelationLoss': {'num_pairs': 300},
+    'RegionContrastLoss': {'num_classes': 3, 'seed': 0},
+    'VirtualNormalLoss': {'num_triplets': 300},
+    'WeightedSoftLabelLoss': {'target': 'teacher'},
+    'ZipfLabelLoss': {'target': 'teacher'},
+}
 SHAPE = (2, 3, 8, 6)
+
+
+def as_depth(noise):
+    """One channel, above 0."""
+    return 1 + 2 * noise[:, :1].abs()
+
+
+#: What a loss takes, made of noise (B, C, H, W), where that is not the noise itself.
+INPUTS = {
+    'DepthRegressionLoss': as_depth,
+    'GradientMatchingLoss': as_depth,
+    'OrdinalRelationLoss': as_depth,
+    'ScaleShiftInvariantLoss': as_depth,
+    'VirtualNormalLoss': as_depth,
+}
+
+#: Losses that need boxes; they get one of (8, 8) to (20, 16) in each image, in an input of 32 x 24.
+BOXED = ('FocalGlobalLoss',)
+
+#: Losses that need labels; where a test has none they get three classes, side by side in each image.
+LABELLED = ('IntraClassVariationLoss', 'MemoryContrastLoss', 'RegionContrastLoss')
 
 every = pytest.mark.parametrize('name', NAMES)
 
@@ -32,13 +65,20 @@ def build(name, **kwargs):
     return loss
 
 
-def pair(shape=SHAPE, dtype=torch.float32):
-    student, teacher = torch.randn(2, *shape).to(dtype).unbind()
+def pair(name, shape=SHAPE, dtype=torch.float32):
+    make = INPUTS.get(name, lambda noise: noise)
+    student, teacher = (make(noise).to(dtype) for noise in torch.randn(2, *shape).unbind())
     return student.clone().requires_grad_(), teacher.clone().requires_grad_()
 
 
 def parts(loss, student, teacher, targets=None):
     """The student's part and all objectives together; in eval mode, where no buffer moves."""
+    if type(loss).__name__ in BOXED:
+        boxes = (torch.tensor([[8.0, 8.0, 20.0, 16.0]]),) * student.shape[0]
+        targets = dataclasses.replace(targets or Targets(), boxes=boxes, input_size=(32, 24))
+    if type(loss).__name__ in LABELLED and (targets is None or targets.labels is None):
+        labels = (torch.arange(48) % 3).view(1, 8, 6).expand(student.shape[0], -1, -1)
+        targets = dataclasses.replace(targets or Targets(), labels=labels)
     value = loss.eval()(student, teacher, targets)
     return (value[''], sum(value.values())) if isinstance(value, dict) else (value, value)
 
@@ -51,7 +91,7 @@ def test_all_losses_are_here():
 
 @every
 def test_gradient_to_the_student_and_none_to_the_teacher(name):
-    student, teacher = pair()
+    student, teacher = pair(name)
     part, total = parts(build(name), student, teacher)
     assert part.shape == ()
     assert part.isfinite()
@@ -66,7 +106,7 @@ def test_gradient_to_the_student_and_none_to_the_teacher(name):
 
 @every
 def test_inputs_stay_as_they_are(name):
-    student, teacher = pair()
+    student, teacher = pair(name)
     before = student.detach().clone(), teacher.detach().clone()
     parts(build(name), student, teacher)[1].backward()
     assert torch.equal(student.detach(), before[0])
@@ -75,7 +115,7 @@ def test_inputs_stay_as_they_are(name):
 
 @every
 def test_channels_last_equals_contiguous(name):
-    student, teacher = pair()
+    student, teacher = pair(name)
     loss = build(name)
     want, _ = parts(loss, student, teacher)
     (want_grad,) = torch.autograd.grad(want, student)
@@ -88,7 +128,7 @@ def test_channels_last_equals_contiguous(name):
 @every
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
 def test_half_precision_is_promoted(name, dtype):
-    student, teacher = pair(dtype=dtype)
+    student, teacher = pair(name, dtype=dtype)
     loss = build(name)
     got, _ = parts(loss, student, teacher)
     assert got.dtype == torch.float32
@@ -101,7 +141,7 @@ def test_half_precision_is_promoted(name, dtype):
 
 @every
 def test_same_number_inside_autocast(name):
-    student, teacher = pair()
+    student, teacher = pair(name)
     loss = build(name)
     want, _ = parts(loss, student, teacher)
     with torch.autocast('cpu', torch.bfloat16):
@@ -111,7 +151,7 @@ def test_same_number_inside_autocast(name):
 
 @every
 def test_weight_scales_the_students_part(name):
-    student, teacher = pair()
+    student, teacher = pair(name)
     one, two = (parts(build(name, loss_weight=w), student, teacher)[0] for w in (1.0, 2.5))
     torch.testing.assert_close(two, 2.5 * one)
     none = parts(build(name, loss_weight=0), student, teacher)[0]
@@ -122,9 +162,9 @@ def test_weight_scales_the_students_part(name):
 @every
 @pytest.mark.parametrize('source', ['valid', 'labels'])
 def test_pixels_that_do_not_count_change_nothing(name, source):
-    student, teacher = pair()
+    student, teacher = pair(name)
     valid = torch.rand(2, 8, 6) > 0.4
-    labels = torch.where(valid, 1, 7)
+    labels = torch.where(valid, torch.randint(0, 3, valid.shape), 7)
     # A dataset gives the mask, and labels with it where there are any.
     targets = Targets(valid=valid) if source == 'valid' else Targets(labels=labels, valid=labels != 7, ignore_index=7)
     loss = build(name)
@@ -141,7 +181,7 @@ def test_pixels_that_do_not_count_change_nothing(name, source):
 
 @every
 def test_nothing_counts_is_zero_with_a_graph(name):
-    student, teacher = pair()
+    student, teacher = pair(name)
     got, total = parts(build(name), student, teacher, Targets(valid=torch.zeros(2, 8, 6, dtype=torch.bool)))
     total.backward()
     assert got.item() == 0
@@ -151,7 +191,7 @@ def test_nothing_counts_is_zero_with_a_graph(name):
 
 @every
 def test_targets_of_the_input_size(name):
-    student, teacher = pair()
+    student, teacher = pair(name)
     valid = torch.rand(2, 8, 6) > 0.4
     loss = build(name)
     want, _ = parts(loss, student, teacher, Targets(valid=valid))
@@ -162,14 +202,14 @@ def test_targets_of_the_input_size(name):
 
 @every
 def test_one_image(name):
-    student, teacher = pair((1, *SHAPE[1:]))
+    student, teacher = pair(name, (1, *SHAPE[1:]))
     got, _ = parts(build(name), student, teacher)
     assert torch.autograd.grad(got, student)[0].isfinite().all()
 
 
 @every
 def test_one_pixel(name):
-    student, teacher = pair((2, 3, 1, 1))
+    student, teacher = pair(name, (2, 3, 1, 1))
     got, _ = parts(build(name), student, teacher)
     assert got.isfinite()
     assert torch.autograd.grad(got, student)[0].isfinite().all()
@@ -195,14 +235,14 @@ def test_state_dict_round_trip(name):
         for tensor in second.state_dict().values():
             tensor.copy_(torch.zeros_like(tensor))
     second.load_state_dict(first.state_dict(), strict=True)
-    student, teacher = pair()
+    student, teacher = pair(name)
     torch.testing.assert_close(parts(first, student, teacher), parts(second, student, teacher), rtol=0, atol=0)
 
 
 @every
 def test_copies_and_pickles_after_a_step(name):
     loss = build(name)
-    student, teacher = pair()
+    student, teacher = pair(name)
     want, total = parts(loss, student, teacher)
     total.backward()
     for twin in (copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))):

@@ -1,0 +1,86 @@
+"""Where depth changes, and by how much."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from mmstructkd.errors import ConfigError, check_positive
+from mmstructkd.functional.depth import gradient_matching_loss
+from mmstructkd.losses.depth_base import DepthLoss
+from mmstructkd.registry import MODELS
+from mmstructkd.structures import Targets
+
+__all__ = ['GradientMatchingLoss']
+
+
+@MODELS.register_module()
+class GradientMatchingLoss(DepthLoss):
+    """Edges and slopes of the teacher's depth shall be the student's.
+
+    Multi-scale gradient matching of MegaDepth (arXiv:1804.00607) and MiDaS
+    (arXiv:1907.01341). See
+    :func:`~mmstructkd.functional.depth.gradient_matching_loss` for the formula.
+    Tap the depth maps; beside a regression, which says where the map lies. MiDaS
+    gives 0.5 to a sum over four scales and both directions, on aligned inverse
+    depth: that is a weight of 4 on the mean here.
+
+    Args:
+        loss_weight: factor of the loss, finite and at least 0.
+        scales: number of grids, each half as fine as the last.
+        align: first map the student of each image onto the teacher by least
+            squares.
+        eps: metres, above 0: smallest standard deviation ``align`` divides by.
+        min_depth: metres; pixels that the teacher sees nearer do not count.
+        max_depth: metres; pixels that it sees further off do not count.
+            ``None``: no limit.
+        where: ``'all'``, ``'labelled'`` or ``'unlabelled'`` pixels
+            (``targets.depth``).
+
+    Shape:
+        - student, teacher: :math:`(B, 1, H, W)`; the teacher is detached.
+        - output: scalar, metres a grid step, 0 with a graph where no pair of
+          neighbours counts.
+
+    Raises:
+        ConfigError: an argument is out of range, or ``where`` asks for ground
+            truth that the batch has not.
+        ShapeError: the maps are no depth maps, or differ in shape.
+
+    Example:
+        >>> import torch
+        >>> depth = torch.tensor([[[[1.0, 2.0, 4.0]]]])
+        >>> GradientMatchingLoss()(depth + 3, depth).item()
+        0.0
+    """
+
+    transfers = 'edges and slopes of depth'
+    paper = 'MegaDepth (arXiv:1804.00607)'
+
+    def __init__(
+        self,
+        loss_weight: float = 1.0,
+        *,
+        scales: int = 4,
+        align: bool = False,
+        eps: float = 1e-3,
+        min_depth: float = 0.0,
+        max_depth: float | None = None,
+        where: str = 'all',
+    ) -> None:
+        super().__init__(loss_weight, min_depth=min_depth, max_depth=max_depth, where=where)
+        owner = type(self).__name__
+        check_positive(owner, 'eps', eps)
+        if isinstance(scales, bool) or not isinstance(scales, int) or scales < 1:
+            raise ConfigError(f'{owner}: `scales` must be an integer of at least 1, got {scales!r}.')
+        self.scales = scales
+        self.align = bool(align)
+        self.eps = float(eps)
+
+    def compute(self, student: Tensor, teacher: Tensor, targets: Targets) -> Tensor:
+        """Return the unweighted loss."""
+        valid = self.counts(student, teacher, targets)
+        return gradient_matching_loss(student, teacher, scales=self.scales, align=self.align, eps=self.eps, valid=valid)
+
+    def extra_repr(self) -> str:
+        """Show the settings in the model's print-out."""
+        return f'{super().extra_repr()}, scales={self.scales}, align={self.align}'
