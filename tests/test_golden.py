@@ -74,3 +74,14 @@ def test_pairwise_of_cirkd(form):
 def test_channelwise(name):
     case, student = load(name)
     check(case, student, F.channelwise_kl_loss(student, case['teacher'], temperature=case['tau']))
+
+
+def test_standardized_over_the_batch():
+    # PKD halves it.
+    case, student = load('pkd')
+    check(case, student, 0.5 * F.standardized_mse_loss(student, case['teacher'], over='batch'))
+
+
+def test_attention_transfer():
+    case, student = load('at_p2')
+    check(case, student, F.attention_transfer_loss(student, case['teacher'], power=2))
