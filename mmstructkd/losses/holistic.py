@@ -24,12 +24,15 @@ from mmstructkd.functional.adversarial import (
     critic_loss,
     gradient_penalty,
 )
+from mmstructkd.functional.depth import depth_readings, normalize_depth
 from mmstructkd.functional.precision import full_precision
 from mmstructkd.losses.base import DistillLoss
 from mmstructkd.registry import MODELS
 from mmstructkd.structures import Targets
 
 __all__ = ['HolisticLoss']
+
+NORMALIZATIONS = ('depth', 'log_depth')
 
 _DEFAULT_CRITIC = 'mmstructkd.SAGANCritic'
 _PUBLISHED_SGD = {'type': 'SGD', 'lr': 4e-4, 'momentum': 0.9, 'weight_decay': 5e-4}
@@ -111,6 +114,14 @@ class HolisticLoss(DistillLoss):
     the map alone, not over the image beside it, and the interpolation is between
     probabilities, not between logits.
 
+    **Depth.** The paper's critic also judges depth maps, the teacher's as the real
+    ones. ``normalize='depth'`` hands it maps from which the mean of the teacher's
+    is taken and which are divided by the range of the teacher's, image by image
+    (``'log_depth'``: of the logarithms), see
+    :func:`~mmstructkd.functional.depth.normalize_depth`: what it judges is then
+    of one size for near and far scenes, and errors of the student's scale stay
+    visible. Where the teacher has no reading, a pixel does not count.
+
     Args:
         critic: config of the critic; ``type`` defaults to ``SAGANCritic``, and
             ``in_channels`` is filled in from the probe. ``None``: its defaults.
@@ -125,6 +136,8 @@ class HolisticLoss(DistillLoss):
         softmax: judge probabilities over the channels, not the tensors tapped.
         conditional: show the critic the image beside the map.
         optimizer: config of the critic's own optimiser.
+        normalize: ``'depth'`` or ``'log_depth'`` for maps of one channel in
+            metres; ``None``: the tensors as they are tapped.
         seed: of the critic's initial weights and of the interpolation.
             ``None``: drawn from the global generator when the critic is built.
 
@@ -178,6 +191,7 @@ class HolisticLoss(DistillLoss):
         softmax: bool | None = None,
         conditional: bool | None = None,
         optimizer: Mapping[str, Any] | None = None,
+        normalize: str | None = None,
         seed: int | None = None,
     ) -> None:
         owner = type(self).__name__
@@ -201,6 +215,14 @@ class HolisticLoss(DistillLoss):
         self.softmax = bool(settings['softmax'])
         self.conditional = bool(settings['conditional'])
         self.needs_images = self.conditional
+        if normalize is not None:
+            check_one_of(owner, 'normalize', normalize, NORMALIZATIONS)
+            if self.softmax:
+                raise ConfigError(
+                    f'{owner}: `normalize` must be left out with softmax=True, got {normalize!r}. '
+                    'A depth map has one channel, and no probabilities.'
+                )
+        self.normalize = normalize
         self.own_optimizer = dict(settings['optimizer'])
         if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or seed < 0):
             raise ConfigError(f'{owner}: `seed` must be an integer of at least 0 or None, got {seed!r}.')
@@ -232,6 +254,11 @@ class HolisticLoss(DistillLoss):
             raise ShapeError(
                 f'{owner}: `student` must have at least 2 channels for softmax=True, got {tuple(student.shape)}. '
                 'Set softmax=False: of one channel it makes a constant.'
+            )
+        if self.normalize is not None and channels != 1:
+            raise ShapeError(
+                f'{owner}: `student` must be a depth map, shape (B, 1, H, W), for normalize={self.normalize!r}, '
+                f'got {tuple(student.shape)}. Tap the depth, or leave `normalize` out.'
             )
         if self.critic is not None:
             self._check_channels(student)
@@ -269,6 +296,12 @@ class HolisticLoss(DistillLoss):
         self._check_channels(student)
         images = self._images(targets)
         valid = self.valid_at(targets, (student.shape[2], student.shape[3]))
+        teacher = teacher.detach()
+        if self.normalize is not None:
+            readings = depth_readings(teacher)
+            valid = readings if valid is None else valid & readings
+            log = self.normalize == 'log_depth'
+            student, teacher = (normalize_depth(depth, teacher, log=log, valid=valid) for depth in (student, teacher))
         ignored = None if valid is None else ~valid.unsqueeze(1)
         counts = None if valid is None else valid.flatten(1).any(dim=1)
 
@@ -280,7 +313,7 @@ class HolisticLoss(DistillLoss):
             return scores
 
         map_s = self._as_map(student)
-        map_t = self._as_map(teacher.detach())
+        map_t = self._as_map(teacher)
 
         # The order of the four passes is the published one: the power iterations of the
         # spectral norm and the statistics of BatchNorm move with each.
@@ -325,7 +358,7 @@ class HolisticLoss(DistillLoss):
         return (
             f'{super().extra_repr()}, mode={self.mode!r}, critic_weight={self.critic_weight:g}, '
             f'gradient_penalty_weight={self.gradient_penalty_weight:g}, softmax={self.softmax}, '
-            f'conditional={self.conditional}'
+            f'conditional={self.conditional}, normalize={self.normalize!r}'
         )
 
     def _as_map(self, tensor: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from mmstructkd.losses.holistic import HolisticLoss
 from mmstructkd.registry import MODELS
 from mmstructkd.structures import Targets
 from tests.reference import adversarial as reference
+from tests.reference import depth as reference_depth
 
 CLASSES = 3
 TINY = {'base_channels': 2}
@@ -456,6 +457,72 @@ def test_presets_share_no_state():
     config = dict(TINY)
     HolisticLoss(preset='code', critic=config)
     assert config == TINY
+
+
+def depths(batch=3, size=8):
+    """Depths of images whose scenes lie 1, 10 and 100 m off; some pixels without a reading."""
+    generator = torch.Generator().manual_seed(4)
+    student, teacher = (1 + torch.rand(2, batch, 1, size, size, generator=generator)).unbind()
+    far = torch.tensor([1.0, 10.0, 100.0])[:batch, None, None, None]
+    teacher = far * teacher
+    teacher[torch.rand(teacher.shape, generator=generator) < 0.2] = 0
+    return (far * student).requires_grad_(), teacher
+
+
+@pytest.mark.parametrize('normalize', ['depth', 'log_depth'])
+@pytest.mark.parametrize('masked', [False, True])
+def test_critic_judges_normalized_depth(normalize, masked):
+    student, teacher = depths()
+    valid = torch.rand(3, 8, 8, generator=torch.Generator().manual_seed(5)) > 0.3 if masked else None
+    counts = teacher[:, 0] > 0 if valid is None else valid & (teacher[:, 0] > 0)
+    got = make(channels=1, normalize=normalize)(student, teacher, Targets(valid=valid))
+    maps = [
+        reference_depth.normalize(depth[:, 0].detach(), teacher[:, 0], counts, normalize == 'log_depth')[:, None]
+        for depth in (student, teacher)
+    ]
+    want = make(channels=1)(*maps, Targets(valid=counts))
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+    assert not torch.isclose(got['critic'], make(channels=1)(student, teacher, Targets(valid=counts))['critic'])
+    (grad,) = torch.autograd.grad(got[''], student)
+    assert grad[counts[:, None]].any()
+    assert not grad[~counts[:, None]].any()
+
+
+def test_normalized_depth_is_of_one_size_in_every_scene():
+    student, teacher = depths()
+    want = make(channels=1, normalize='depth')(student, teacher)
+    shrunk = torch.tensor([1.0, 0.1, 0.01])[:, None, None, None]
+    got = make(channels=1, normalize='depth')(student * shrunk, teacher * shrunk)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    # The student's own scale is no part of that: it can be wrong.
+    assert not torch.isclose(make(channels=1, normalize='depth')(2 * student, teacher)[''], want[''])
+
+
+@pytest.mark.parametrize('normalize', ['depth', 'log_depth'])
+@pytest.mark.parametrize('bad', [0.0, float('nan')])
+def test_depth_without_a_reading_is_zero_with_a_graph(normalize, bad):
+    student, teacher = depths()
+    loss = make(channels=1, normalize=normalize)
+    parts = loss(student, torch.full_like(teacher, bad))
+    sum(parts.values()).backward()
+    assert parts[''].item() == parts['critic'].item() == 0
+    assert not student.grad.any()
+    junk = torch.where(teacher > 0, student.detach(), torch.nan).requires_grad_()
+    got = make(channels=1, normalize=normalize)(junk, torch.where(teacher > 0, teacher, bad))
+    (grad,) = torch.autograd.grad(got[''], junk)
+    assert grad.isfinite().all()
+    torch.testing.assert_close(got, make(channels=1, normalize=normalize)(student, teacher))
+
+
+def test_normalization_that_does_not_fit():
+    with pytest.raises(ConfigError, match=r"`normalize` must be one of .*got 'log'"):
+        HolisticLoss(normalize='log')
+    for kwargs in ({'softmax': True}, {'preset': 'paper'}):
+        with pytest.raises(ConfigError, match=r"`normalize` must be left out with softmax=True, got 'depth'"):
+            HolisticLoss(normalize='depth', **kwargs)
+    with pytest.raises(ShapeError, match=r"must be a depth map, .* for normalize='depth', got \(1, 3, 8, 8\)"):
+        make(normalize='depth')
+    assert "normalize='depth'" in repr(HolisticLoss(normalize='depth'))
 
 
 @pytest.mark.parametrize(
