@@ -10,7 +10,7 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
-from mmseg.registry import DATASETS, METRICS
+from mmseg.registry import DATASETS, METRICS, TRANSFORMS
 
 from mmstructkd.errors import ConfigError
 
@@ -141,3 +141,77 @@ def test_eigen_list_mistakes(tmp_path: Path) -> None:
         DATASETS.build(eigen(tmp_path, 'a.png None 7\n'))
     with pytest.raises(ConfigError, match='`ann_file` must name a list of the Eigen split'):
         DATASETS.build(dict(type='mmstructkd.KITTIEigenDataset', data_root=str(tmp_path)))
+
+
+def kitti(root: Path) -> tuple[np.ndarray, np.ndarray]:
+    """One image of KITTI's size for each list; image (its own row and column numbers) and depth are returned."""
+    rows, columns = np.mgrid[:375, :1242]
+    image = np.stack([rows % 256, columns % 256, np.zeros_like(rows)], axis=2).astype(np.uint8)
+    depth = (rows * 40 + columns + 256).astype(np.uint16)
+    write(root / 'kitti' / 'input' / 'day' / '7.png', image)
+    write(root / 'kitti' / 'gt_depth' / 'drive' / '7.png', depth)
+    for split in ('train', 'test'):
+        (root / 'kitti' / f'kitti_eigen_{split}.txt').write_text('day/7.png drive/7.png 721.5377\n', encoding='utf-8')
+    return image, depth
+
+
+def test_kitti_config_scores_the_window_of_the_whole_image(tmp_path: Path) -> None:
+    """The readings that are left are those of the published window; image and prediction have the crop's size."""
+    image, depth = kitti(tmp_path)
+    cfg = Config.fromfile(CONFIGS / 'kitti_352x704.py')
+    sample = DATASETS.build(dict(cfg.val_dataloader.dataset, data_root=str(tmp_path / 'kitti')))[0]
+    metres, shown = sample['data_samples'].gt_depth_map.data[0].numpy(), sample['inputs'].numpy()
+    assert metres.shape == sample['data_samples'].ori_shape == (352, 1216)
+    assert np.array_equal(shown, image[23:, 13:1229].transpose(2, 0, 1))
+    window = np.zeros((375, 1242), dtype=bool)
+    # 0.40810811 and 0.99189189 of 375 rows, 0.03594771 and 0.96405229 of 1242 columns
+    window[153:371, 44:1197] = True
+    assert np.array_equal(metres, np.where(window, depth / 256, 0)[23:, 13:1229].astype(np.float32))
+
+
+def test_kitti_config_trains_on_crops_of_the_lower_part(tmp_path: Path) -> None:
+    """No reading is taken away, and image and depth stay together."""
+    kitti(tmp_path)
+    cfg = Config.fromfile(CONFIGS / 'kitti_352x704.py')
+    steps = [step for step in cfg.train_pipeline if step.type != 'PhotoMetricDistortion']
+    dataset = DATASETS.build(dict(cfg.train_dataloader.dataset, data_root=str(tmp_path / 'kitti'), pipeline=steps))
+    for _ in range(4):
+        sample = dataset[0]
+        shown, metres = sample['inputs'].numpy().astype(int), sample['data_samples'].gt_depth_map.data[0].numpy()
+        assert metres.shape == shown.shape[1:] == (352, 704)
+        # depth is 40 rows + columns + 256, of which the image has both modulo 256
+        column = (metres * 256).astype(int) - 256 - 40 * (np.arange(352) + 23)[:, None]
+        assert np.array_equal(shown[0], np.repeat((np.arange(352) + 23)[:, None] % 256, 704, axis=1))
+        assert np.array_equal(shown[1], column % 256)
+        assert column.min() >= 13
+        assert column.max() < 1229
+
+
+def test_windows_and_crops_of_other_sizes() -> None:
+    depth = np.ones((10, 20), np.float32)
+    out = TRANSFORMS.build(dict(type='mmstructkd.DepthWindow', window=(0.1, 0.55, 0.0, 1.0))).transform(
+        dict(gt_depth_map=depth)
+    )
+    assert out['gt_depth_map'][1:5].all()
+    assert out['gt_depth_map'].sum() == 4 * 20
+    crop = TRANSFORMS.build(dict(type='mmstructkd.BottomCrop', crop_size=(3, 4)))
+    numbers = np.arange(30).reshape(5, 6)
+    out = crop.transform(dict(img=numbers, gt_depth_map=numbers, seg_fields=['gt_depth_map']))
+    assert out['gt_depth_map'].tolist() == numbers[2:, 1:5].tolist() == out['img'].tolist()
+    assert out['img_shape'] == out['ori_shape'] == (3, 4)
+    with pytest.raises(ConfigError, match='`crop_size` must fit into each image, got 3x4 for one of 2x9'):
+        crop.transform(dict(img=np.zeros((2, 9, 3)), seg_fields=[]))
+
+
+@pytest.mark.parametrize('size', [352, (352,), (352, 0), (352.0, 1216)])
+def test_bottom_crop_refuses(size: object) -> None:
+    with pytest.raises(ConfigError, match='`crop_size` must be two integers above 0'):
+        TRANSFORMS.build(dict(type='mmstructkd.BottomCrop', crop_size=size))
+
+
+@pytest.mark.parametrize('window', [(0.1, 0.5), (0.5, 0.1, 0.0, 1.0), (0.0, 1.0, 0.0, 1.1)])
+def test_depth_window_refuses(window: tuple) -> None:
+    with pytest.raises(ConfigError, match='`window` must be four shares within'):
+        TRANSFORMS.build(dict(type='mmstructkd.DepthWindow', window=window))
+    with pytest.raises(ConfigError, match="`window` must be one of .*got 'gar'. Did you mean 'garg'"):
+        TRANSFORMS.build(dict(type='mmstructkd.DepthWindow', window='gar'))
