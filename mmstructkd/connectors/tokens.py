@@ -18,7 +18,7 @@ __all__ = ['MapToTokensConnector', 'TokensToMapConnector', 'grid_of']
 _SIDES = ('student', 'teacher')
 
 
-def grid_of(count: int, height: float, width: float) -> tuple[int, int] | None:
+def grid_of(count: int, height: int, width: int, *, rounded: bool = True) -> tuple[int, int] | None:
     """Return the grid that ``count`` positions make over something of this aspect ratio.
 
     Of all ways to write ``count`` as rows times columns, the one whose ratio is
@@ -27,8 +27,9 @@ def grid_of(count: int, height: float, width: float) -> tuple[int, int] | None:
 
     Args:
         count: number of positions, at least 1.
-        height: of what the grid covers (the input, another map), any unit.
+        height: of what the grid covers (the input, another map), in its positions.
         width: likewise.
+        rounded: these are rounded too; ``False``: a ratio that is meant exactly.
 
     Returns:
         (h, w), or ``None`` where no way is near the ratio.
@@ -44,7 +45,7 @@ def grid_of(count: int, height: float, width: float) -> tuple[int, int] | None:
     ]
     gap, rows = min(gaps)
     columns = count // rows
-    slack = 1 / rows + 1 / columns + 1 / height + 1 / width
+    slack = 1 / rows + 1 / columns + (1 / height + 1 / width if rounded else 0)
     return (rows, columns) if gap <= slack else None
 
 
@@ -69,7 +70,8 @@ class TokensToMapConnector(Connector):
 
     The grid (h, w) is ``grid`` where that has N positions. Otherwise N is split
     after the aspect ratio of, in this order: the student's input (the term
-    knows it), a map of the other network, ``grid``, a square.
+    knows it), a map among the other tensors of the term, first the other
+    network's of that level, ``grid``, a square.
 
     Args:
         in_channels: widths of the student, one a level; not used.
@@ -122,8 +124,8 @@ class TokensToMapConnector(Connector):
     def forward(self, students: list[Tensor], teachers: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Return maps, each (B, C, h, w) with the grid of its own network."""
         return (
-            [self._as_map('student', s, teachers[i : i + 1] + teachers) for i, s in enumerate(students)],
-            [self._as_map('teacher', t, students[i : i + 1] + students) for i, t in enumerate(teachers)],
+            [self._as_map('student', s, [*teachers[i : i + 1], *teachers, *students]) for i, s in enumerate(students)],
+            [self._as_map('teacher', t, [*students[i : i + 1], *students, *teachers]) for i, t in enumerate(teachers)],
         )
 
     def _places(self, side: str, tokens: Tensor) -> Tensor:
@@ -151,8 +153,9 @@ class TokensToMapConnector(Connector):
         if given is not None and given[0] * given[1] == count:
             return (given[0], given[1])
         maps = [(other.shape[2], other.shape[3]) for other in others if other.dim() == 4]
-        like = self.input_size or next(iter(maps), None) or given or (1, 1)
-        grid = grid_of(count, *like)
+        seen = self.input_size or next(iter(maps), None)
+        like = seen or given or (1, 1)
+        grid = grid_of(count, *like, rounded=seen is not None)
         if grid is None:
             raise ShapeError(
                 f'{type(self).__name__}: the tokens of the {side} must make a grid of about {like[0]} to {like[1]}, '

@@ -92,6 +92,8 @@ def test_tokens_that_make_no_grid_are_named():
     )
     with pytest.raises(ShapeError, match=message):
         to_map(tokens(33), tokens(32), input_size=(64, 128))
+    with pytest.raises(ShapeError, match=r'the student must make a grid of about 1 to 1, got 32'):
+        to_map(tokens(32), tokens(32))
     with pytest.raises(ShapeError, match='the teacher must have more than 5 tokens'):
         to_map(tokens(16), tokens(5), extra_tokens={'teacher': 5})
     with pytest.raises(ShapeError, match=r'`student` must have shape .* got \(2, 3\)'):
