@@ -247,6 +247,15 @@ def test_mask_of_the_input_size_is_brought_to_the_map(loss):
 
 
 @functions
+def test_the_host_never_waits_for_a_value(loss):
+    # Tensors without values: whatever asks for one raises.
+    student = torch.ones(SHAPE, device='meta', requires_grad=True)
+    valid = torch.ones(3, 5, 7, dtype=torch.bool, device='meta')
+    got = loss(student, torch.ones(SHAPE, device='meta'), valid=valid)
+    assert torch.autograd.grad(got, student)[0].shape == SHAPE
+
+
+@functions
 def test_teacher_gets_no_gradient(loss):
     student, teacher = pair()
     teacher.requires_grad_()

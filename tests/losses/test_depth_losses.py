@@ -118,6 +118,17 @@ def test_robust_and_aligned():
 
 
 @every
+def test_the_host_never_waits_for_a_value(kind):
+    # Tensors without values: whatever asks for one raises.
+    loss = make(kind, where='labelled', max_depth=80.0).to('meta')
+    student, teacher, depth = torch.ones(3, *SHAPE, device='meta').unbind()
+    valid = torch.ones(3, 5, 7, dtype=torch.bool, device='meta')
+    student.requires_grad_()
+    loss(student, teacher, Targets(depth=depth[:, 0], valid=valid)).backward()
+    assert student.grad is not None
+
+
+@every
 def test_ground_truth_that_is_not_there(kind):
     student, teacher = pair()
     name = kind.__name__

@@ -260,6 +260,18 @@ def test_no_reading_at_all_is_zero_with_a_graph_and_a_warning(kind, value, monke
 
 
 @every
+def test_the_host_waits_in_the_first_calls_alone(kind):
+    model = build(kind)
+    data = batch()
+    for _ in range(3):
+        model(*data, mode='loss')
+    # Tensors without values: whatever asks for one raises.
+    model = model.to('meta')
+    inputs, samples = torch.ones(2, 3, 64, 96, device='meta'), [sample.to('meta') for sample in data[1]]
+    assert sum(model(inputs, samples, mode='loss').values()).device.type == 'meta'
+
+
+@every
 def test_other_units_are_an_error(kind):
     model = build(kind)
     inputs, samples = batch(torch.full((2, 1, 64, 96), 3000.0))
