@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import mmdet
 import mmengine.config.utils
 import mmseg
 import pytest
@@ -21,18 +22,24 @@ from mmseg.structures import SegDataSample
 from torch import nn
 
 from mmstructkd import compat
+from mmstructkd.distillers.batches import synthetic_batch
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = sorted(
     path.relative_to(ROOT).as_posix() for path in (ROOT / 'configs').rglob('*.py') if '_base_' not in path.parts
 )
-METHODS = ('structkd', 'cwd')
-#: Folders whose file names follow `<networks>_<gpus>xb<batch>-<iterations>k_<dataset>-<crop>`.
+METHODS = ('structkd', 'cwd', 'pkd')
+#: Folders whose file names follow `<networks>_<gpus>xb<batch>-<iterations>k_<dataset>-<crop>`, detectors
+#: `<networks>_<gpus>xb<batch>-<epochs>e_<dataset>`.
 NAMED = [path for path in CONFIGS if path.split('/')[1] in (*METHODS, 'plain')]
 #: Formatting a dump takes seconds, so one of each way to name student and teacher stands for the rest.
-DUMPED = [path for path in NAMED if re.search(r'structkd_.*_(4xb2-40k_cityscapes|.*camvid)-\d+x\d+\.py$', path)]
-#: What every method ships: teacher_student and the dataset.
-PAIRS = {
+DUMPED = [
+    path
+    for path in NAMED
+    if re.search(r'structkd_.*_(4xb2-40k_cityscapes|.*(camvid|kitti))-\d+x\d+\.py$|pkd_mask-rcnn.*\.py$', path)
+]
+#: What StructKD and CWD ship for segmentation: teacher_student and the dataset.
+SEGMENTORS = {
     ('pspnet-r101-d8_pspnet-r18-d8', 'cityscapes-512x1024'),
     ('deeplabv3-r101-d8_deeplabv3-r18-d8', 'cityscapes-512x1024'),
     ('deeplabv3-r101-d8_deeplabv3-mobilenet-v2-d8', 'cityscapes-512x1024'),
@@ -41,16 +48,46 @@ PAIRS = {
     ('pspnet-r101-d8_pspnet-r18-d8', 'voc12aug-512x512'),
     ('pspnet-r101-d8_pspnet-r18-d8', 'camvid-360x480'),
 }
+#: What each method ships.
+PAIRS = {
+    'structkd': {
+        *SEGMENTORS,
+        ('depth-fpn-r101_depth-fpn-mobilenet-v2', 'nyu-480x480'),
+        ('depth-fpn-r101_depth-fpn-r18', 'nyu-480x480'),
+        ('depth-fpn-r101_depth-fpn-r18', 'kitti-352x704'),
+        ('fcos-r101_fcos-mobilenet-v2', 'coco'),
+        ('retinanet-x101_retinanet-r50', 'coco'),
+        ('gfl-r101_gfl-r50', 'coco'),
+        ('faster-rcnn-r101_faster-rcnn-r50', 'coco'),
+        ('mask-rcnn-swin-s_retinanet-r50', 'coco'),
+    },
+    'cwd': {
+        *SEGMENTORS,
+        ('retinanet-r101_retinanet-r50', 'coco'),
+        ('gfl-r101_gfl-r50', 'coco'),
+        ('faster-rcnn-r101_faster-rcnn-r50', 'coco'),
+    },
+    'pkd': {
+        ('faster-rcnn-r101_faster-rcnn-r50', 'coco'),
+        ('retinanet-x101_retinanet-r50', 'coco'),
+        ('fcos-x101_retinanet-r50', 'coco'),
+        ('mask-rcnn-swin-s_retinanet-r50', 'coco'),
+    },
+}
 
 
 NAME = re.compile(
-    r'(?P<networks>.+)_(?P<gpus>\d+)xb(?P<batch>\d+)-(?P<thousands>\d+)k_(?P<data>\w+)-(?P<h>\d+)x(?P<w>\d+)$'
+    r'(?P<networks>.+)_(?P<gpus>\d+)xb(?P<batch>\d+)-((?P<thousands>\d+)k|(?P<epochs>\d+)e)'
+    r'_(?P<data>[a-z0-9]+)(-(?P<h>\d+)x(?P<w>\d+))?$'
 )
 DATA_TYPES = {
     'cityscapes': 'CityscapesDataset',
     'ade20k': 'ADE20KDataset',
     'voc12aug': 'PascalVOCDataset',
     'camvid': 'mmstructkd.CamVidDataset',
+    'nyu': 'NYUDataset',
+    'kitti': 'mmstructkd.KITTIEigenDataset',
+    'coco': 'CocoDataset',
 }
 
 
@@ -151,8 +188,13 @@ def datasets(config: Any) -> list[Any]:
 def parts(path: str) -> dict[str, str]:
     """Take the name of a config apart."""
     match = NAME.match(Path(path).stem)
-    assert match, f'{path} is not named <networks>_<gpus>xb<batch>-<iterations>k_<dataset>-<crop>'
+    assert match, f'{path} is not named <networks>_<gpus>xb<batch>-<iterations>k_<dataset>-<crop>, or as a detector'
     return match.groupdict()
+
+
+def crop(name: dict[str, str]) -> tuple[int, int] | None:
+    """Return the size that a name states; detectors take whole images."""
+    return None if name['h'] is None else (int(name['h']), int(name['w']))
 
 
 @pytest.mark.parametrize('method', METHODS)
@@ -160,9 +202,10 @@ def test_every_pair_is_shipped(method):
     there = set()
     for path in NAMED:
         if path.startswith(f'configs/{method}/{method}_'):
-            name = parts(path.replace(f'{method}_', '', 1))
-            there.add((name['networks'].removeprefix(f'{method}_'), f'{name["data"]}-{name["h"]}x{name["w"]}'))
-    assert there >= PAIRS
+            name = parts(path)
+            networks = name['networks'].removeprefix(f'{method}_')
+            there.add((networks, name['data'] + ('' if crop(name) is None else f'-{name["h"]}x{name["w"]}')))
+    assert there >= PAIRS[method]
 
 
 @pytest.mark.parametrize('path', DUMPED, ids=short)
@@ -182,10 +225,12 @@ def test_has_what_a_run_needs(path):
         assert cfg[f'{loop}_dataloader'].dataset, loop
         assert cfg[f'{loop}_cfg'], loop
     assert cfg.val_evaluator
-    assert cfg.train_cfg.max_iters > 0
+    length = cfg.train_cfg.get('max_iters') or cfg.train_cfg.max_epochs
+    assert length > 0
     last = cfg.param_scheduler[-1]
-    assert last.end == cfg.train_cfg.max_iters, 'the learning rate must reach its end with the training'
-    assert cfg.default_hooks.checkpoint.interval <= cfg.train_cfg.max_iters
+    assert last.end == length, 'the learning rate must reach its end with the training'
+    assert last.by_epoch == cfg.default_hooks.checkpoint.get('by_epoch', True) == ('max_epochs' in cfg.train_cfg)
+    assert cfg.default_hooks.checkpoint.interval <= length
 
 
 @pytest.mark.parametrize('path', CONFIGS, ids=short)
@@ -202,6 +247,45 @@ def test_classes_are_those_of_the_data(path):
             assert found == [len(classes)] * len(found), config.type
 
 
+@pytest.mark.parametrize('path', [path for path in CONFIGS if 'depth' in path], ids=short)
+def test_depth_has_one_unit(path):
+    """The head reaches as far as what is scored, and padding is no reading."""
+    cfg = read(path)
+    model = network(cfg)
+    assert model.type == 'DepthEstimator'
+    assert model.data_preprocessor.seg_pad_val == 0
+    assert cfg.val_evaluator.min_depth_eval > 0, '0 is no reading'
+    assert model.decode_head.max_depth >= cfg.val_evaluator.max_depth_eval
+    if is_distilled(cfg):
+        teacher = Config.fromfile(cfg.model.teacher.config).model.decode_head
+        assert (teacher.type, teacher.max_depth) == (model.decode_head.type, model.decode_head.max_depth)
+
+
+#: mmrazor's weight of each level and the number of levels, which it adds up; a term takes their mean.
+MMRAZOR = {
+    'cwd_retinanet-r101_retinanet-r50': (10, 5),
+    'cwd_gfl-r101_gfl-r50': (10, 5),
+    'cwd_faster-rcnn-r101_faster-rcnn-r50': (10, 5),
+    'pkd_faster-rcnn-r101_faster-rcnn-r50': (6, 4),
+    'pkd_retinanet-x101_retinanet-r50': (10, 4),
+    'pkd_fcos-x101_retinanet-r50': (10, 4),
+    'pkd_mask-rcnn-swin-s_retinanet-r50': (6, 4),
+}
+
+
+@pytest.mark.parametrize('path', [path for path in NAMED if re.search(r'/(cwd|pkd)/.*_coco\.py$', path)], ids=short)
+def test_weights_are_those_of_mmrazor(path):
+    (term,) = read(path).model.terms.values()
+    weight, levels = MMRAZOR[parts(path)['networks']]
+    assert term.loss.loss_weight == weight * levels
+    tap = term.tap['student'] if isinstance(term.tap, dict) else term.tap
+    assert tap == {5: 'neck[*]', 4: 'neck[:4]'}[levels]
+    if '/cwd/' in path:
+        assert term.loss.temperature == 1
+    else:
+        assert term.loss.preset == 'pkd'
+
+
 @pytest.mark.parametrize('path', CONFIGS, ids=short)
 def test_pipelines_build(path):
     cfg = read(path)
@@ -215,12 +299,15 @@ def test_pipelines_build(path):
 def test_name_says_what_is_inside(path):
     cfg, name = read(path), parts(path)
     assert cfg.train_dataloader.batch_size == int(name['batch'])
-    assert cfg.train_cfg.max_iters == 1000 * int(name['thousands'])
-    assert network(cfg).data_preprocessor['size'] == (int(name['h']), int(name['w']))
+    if name['thousands']:
+        assert cfg.train_cfg.max_iters == 1000 * int(name['thousands'])
+    else:
+        assert cfg.train_cfg.max_epochs == int(name['epochs'])
+    assert network(cfg).data_preprocessor.get('size') == crop(name)
     for config in datasets(cfg.train_dataloader.dataset):
         assert config.type == DATA_TYPES[name['data']]
-        crops = [step.crop_size for step in config.pipeline if step.type == 'RandomCrop']
-        assert [tuple(crop) for crop in crops] == [(int(name['h']), int(name['w']))]
+        crops = [tuple(step.crop_size) for step in config.pipeline if step.type == 'RandomCrop']
+        assert crops == ([] if crop(name) is None else [crop(name)])
     if path.split('/')[1] in METHODS:
         assert Path(path).stem.startswith(path.split('/')[1] + '_')
 
@@ -229,17 +316,22 @@ def test_name_says_what_is_inside(path):
 def test_teacher_is_the_published_one(path):
     """The URL is that of the metafile next to the teacher's config, up to the host that serves it."""
     teacher = read(path).model.teacher
-    if not teacher.config.startswith('mmseg::'):
+    library, _, config = teacher.config.rpartition('::')
+    if not library:
         assert Path(teacher.config).is_file()
         # where tools/train.py puts the last checkpoint of that config
         steps = Config.fromfile(teacher.config).train_cfg.max_iters
         assert teacher.checkpoint == f'work_dirs/{Path(teacher.config).stem}/iter_{steps}.pth'
         return
-    folder, file = teacher.config.removeprefix('mmseg::').split('/')
-    metafile = Path(mmseg.__file__).parent / '.mim' / 'configs' / folder / 'metafile.yaml'
-    models = yaml.safe_load(metafile.read_text(encoding='utf-8'))['Models']
-    weights = [model['Weights'] for model in models if model['Config'] == f'configs/{folder}/{file}']
-    assert [url.split('/mmsegmentation/')[1] for url in weights] == [teacher.checkpoint.split('/mmsegmentation/')[1]]
+    folder = config.split('/')[0]
+    package, metafile, host = {
+        'mmseg': (mmseg, 'metafile.yaml', '/mmsegmentation/'),
+        'mmdet': (mmdet, 'metafile.yml', '/mmdetection/'),
+    }[library]
+    index = Path(package.__file__).parent / '.mim' / 'configs' / folder / metafile
+    models = yaml.safe_load(index.read_text(encoding='utf-8'))['Models']
+    weights = [model['Weights'] for model in models if model['Config'] == f'configs/{config}']
+    assert [url.split(host)[1] for url in weights] == [teacher.checkpoint.split(host)[1]]
 
 
 @pytest.mark.parametrize('folder', [*METHODS, 'plain'])
@@ -256,8 +348,9 @@ def test_metafile_lists_the_folder(folder):
         assert model['Name'] == Path(model['Config']).stem
         assert model['In Collection'] in collections
         assert meta['Batch Size'] == int(name['gpus']) * int(name['batch'])
-        assert meta['Iterations'] == 1000 * int(name['thousands'])
-        assert meta['Crop'] == f'{name["h"]}x{name["w"]}'
+        assert meta.get('Iterations') == (1000 * int(name['thousands']) if name['thousands'] else None)
+        assert meta.get('Epochs') == (int(name['epochs']) if name['epochs'] else None)
+        assert meta.get('Crop') == (f'{name["h"]}x{name["w"]}' if crop(name) else None)
 
 
 @pytest.mark.parametrize('folder', [*METHODS, 'plain'])
@@ -282,6 +375,8 @@ def test_builds(path):
     if not is_distilled(cfg):
         return
     assert list(model.terms) == list(cfg.model.terms)
+    for term in model.terms.values():
+        assert all(level.student[2:] == level.teacher[2:] for level in term.levels), 'maps of one stride'
     plain = MODELS.build(network(cfg))
     assert list(model.student.state_dict()) == list(plain.state_dict())
 
@@ -325,6 +420,35 @@ def test_one_step(path):
         assert torch.isfinite(logs[f'loss_kd_{name}']), name
     moved = [name for name, value in model.student.named_parameters() if not torch.equal(before[name], value)]
     assert 'decode_head.conv_seg.weight' in moved
+
+
+@pytest.mark.parametrize(
+    ('path', 'moves'),
+    [
+        ('configs/structkd/structkd_depth-fpn-r101_depth-fpn-r18_4xb4-40k_kitti-352x704.py', 'decode_head.conv_depth.'),
+        ('configs/structkd/structkd_fcos-r101_fcos-mobilenet-v2_8xb2-12e_coco.py', 'bbox_head.conv_cls.'),
+        ('configs/structkd/structkd_faster-rcnn-r101_faster-rcnn-r50_8xb2-24e_coco.py', 'roi_head.bbox_head.fc_cls.'),
+    ],
+    ids=short,
+)
+def test_one_step_of_other_tasks(path, moves):
+    """As above, for depth, a one-stage and a two-stage detector."""
+    cfg = read(path)
+    size = (64, 96)
+    for holder in (network(cfg), cfg):
+        if (holder.get('data_preprocessor') or {}).get('size'):
+            holder.data_preprocessor['size'] = size
+    torch.manual_seed(0)
+    model = build(cfg)
+    model.train()
+    wrapper = optimiser(model, cfg)
+    before = {name: value.clone() for name, value in model.student.named_parameters()}
+    total, logs = model.parse_losses(model(**synthetic_batch(model, size), mode='loss'))
+    wrapper.update_params(total)
+    for name in cfg.model.terms:
+        assert torch.isfinite(logs[f'loss_kd_{name}']), name
+    moved = [name for name, value in model.student.named_parameters() if not torch.equal(before[name], value)]
+    assert {f'{moves}weight', f'{moves}bias'} <= set(moved)
 
 
 def test_page_on_own_models_works_as_written(tmp_path, monkeypatch):
