@@ -25,6 +25,8 @@ import mmengine.runner.checkpoint
 import mmengine.runner.runner
 import numpy as np
 import torch
+from mmcv.ops import RoIAlign
+from mmcv.ops.nms import NMSop
 from mmengine.config import Config
 from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.device import get_device
@@ -60,6 +62,7 @@ def install() -> None:
     save_atomically()
     remove_after_saving()
     let_models_prepare_runner()
+    let_cpu_ops_take_bf16()
 
 
 # --- configs -------------------------------------------------------------------------------------------------
@@ -492,6 +495,40 @@ def let_models_prepare_runner() -> None:
 
     setattr(register_hooks, _MARK, original)
     Runner.register_hooks = register_hooks
+
+
+def let_cpu_ops_take_bf16() -> None:
+    """Compute RoIAlign and NMS in float32 where bfloat16 meets a CPU.
+
+    mmcv's kernels for CPUs have no bfloat16, so that a two-stage detector
+    cannot be trained under autocast there (``expected scalar type Float but
+    found BFloat16``). RoIAlign's result has the dtype of its input; CUDA is
+    left alone.
+    """
+    pool, suppress = RoIAlign.forward, NMSop.forward
+    if hasattr(pool, _MARK):
+        return
+
+    @functools.wraps(pool)
+    def forward(self: RoIAlign, input: torch.Tensor, rois: torch.Tensor) -> torch.Tensor:
+        if not _bf16_on_cpu(input):
+            return pool(self, input, rois)
+        return pool(self, input.float(), rois.float()).to(input.dtype)
+
+    @functools.wraps(suppress)
+    def nms(ctx: Any, bboxes: torch.Tensor, scores: torch.Tensor, *args: Any) -> torch.Tensor:
+        if _bf16_on_cpu(bboxes) or _bf16_on_cpu(scores):
+            bboxes, scores = bboxes.float(), scores.float()
+        return suppress(ctx, bboxes, scores, *args)
+
+    setattr(forward, _MARK, pool)
+    setattr(nms, _MARK, suppress)
+    RoIAlign.forward = forward
+    NMSop.forward = staticmethod(nms)
+
+
+def _bf16_on_cpu(tensor: torch.Tensor) -> bool:
+    return tensor.dtype == torch.bfloat16 and tensor.device.type == 'cpu'
 
 
 def prepare_cpu_distributed(cfg: Config, launcher: str) -> None:

@@ -24,6 +24,8 @@ import mmengine.runner.runner
 import numpy as np
 import pytest
 import torch
+from mmcv.ops import RoIAlign, nms
+from mmcv.ops.nms import NMSop
 from mmdet.models import DetDataPreprocessor
 from mmengine.config import Config
 from mmengine.config.utils import MODULE2PACKAGE
@@ -114,6 +116,8 @@ def test_install_twice_changes_nothing_more():
             Runner.register_hooks,
             CheckpointHook._save_checkpoint_with_step,
             CheckpointHook._save_best_checkpoint,
+            RoIAlign.forward,
+            NMSop.forward,
             dict(MODULE2PACKAGE),
         )
 
@@ -661,3 +665,34 @@ print('both agree')
             raise
     assert process.returncode == 0, err[-3000:]
     assert out.count('both agree') == 2
+
+
+# --- mmcv's ops on a CPU -------------------------------------------------------------------------------------
+
+
+def test_roi_align_takes_bf16_on_a_cpu():
+    compat.install()
+    pool, rois = RoIAlign(2, 0.5), torch.tensor([[0.0, 0.0, 0.0, 6.0, 6.0]])
+    feature = torch.randn(1, 3, 4, 4)
+    half = feature.bfloat16().requires_grad_()
+    got = pool(half, rois.bfloat16())
+    assert got.dtype == torch.bfloat16
+    torch.testing.assert_close(got.float(), pool(half.detach().float(), rois), rtol=1e-2, atol=1e-2)
+    got.sum().backward()
+    assert half.grad.abs().sum() > 0
+    assert pool(feature, rois).dtype == torch.float32
+    original = getattr(RoIAlign.forward, compat._MARK)
+    with pytest.raises(RuntimeError, match='BFloat16'):  # still needed
+        original(pool, half, rois.bfloat16())
+
+
+def test_nms_takes_bf16_on_a_cpu():
+    compat.install()
+    boxes = torch.tensor([[0.0, 0.0, 8.0, 8.0], [0.0, 0.0, 8.0, 7.0], [20.0, 0.0, 28.0, 8.0]])
+    scores = torch.tensor([0.5, 0.75, 0.25])
+    _, kept = nms(boxes, scores, 0.5)
+    assert kept.tolist() == [1, 2]
+    assert nms(boxes.bfloat16(), scores.bfloat16(), 0.5)[1].tolist() == [1, 2]
+    original = getattr(NMSop.forward, compat._MARK)
+    with pytest.raises(RuntimeError, match='BFloat16'):  # still needed
+        original(None, boxes.bfloat16(), scores.bfloat16(), 0.5, 0, 0.0, -1)

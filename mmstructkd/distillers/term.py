@@ -96,6 +96,7 @@ class Term(nn.Module):
         self.loss_config = copy.deepcopy(loss)
         self.schedule = WeightSchedule.from_config(schedule, owner)
         self.factor = self.schedule.factor(0, 1)
+        self.pace = 1.0  # of the teacher, see TeacherSource.pace
         self.losses = nn.ModuleList([self._build_loss()])
         self.connectors = nn.ModuleList()
         self.joint = False
@@ -157,7 +158,7 @@ class Term(nn.Module):
     @property
     def active(self) -> bool:
         """Whether the term counts at this point of the training."""
-        return self.factor > 0 and self.loss.loss_weight > 0
+        return self.factor > 0 and self.pace > 0 and self.loss.loss_weight > 0
 
     @property
     def on_regions(self) -> bool:
@@ -293,8 +294,10 @@ class Term(nn.Module):
         else:
             self.connectors = nn.ModuleList([self._build_connector([s], [t], classes) for s, t in pairs])
         self.attach(network)
+        self.connectors.eval()  # one small image makes no batch statistics, and draws count from the first step
         with torch.no_grad(), self._named_errors(*pairs[0], classes):
             made = self._comparable(*self.tensors(student, teacher))
+        self.connectors.train()
         self.losses = nn.ModuleList([self.loss] + [self._build_loss() for _ in made[1:]])
         for loss, (made_s, made_t), pair in zip(self.losses, made, (pairs * len(made))[: len(made)], strict=True):
             with self._named_errors(*pair, classes):
@@ -458,8 +461,8 @@ class Term(nn.Module):
                 parts.setdefault(part, []).append(number)
         out = {}
         for part, numbers in parts.items():
-            mean = torch.stack(numbers).mean()
-            out[f'loss_kd_{self.name}' + (f'_{part}' if part else '')] = mean if part else mean * self.factor
+            factor = self.pace if part else self.pace * self.factor
+            out[f'loss_kd_{self.name}' + (f'_{part}' if part else '')] = torch.stack(numbers).mean() * factor
         return out
 
     def silence(self) -> Tensor:
