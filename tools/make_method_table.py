@@ -35,7 +35,7 @@ END = re.compile(r'(?<!e\.g\.)(?<!i\.e\.)(?<! al\.)(?<! cf\.)(?<=[.!?])\s+(?=[A-
 ABOUT = {
     'nothing new': r'^The gradient reaches ``student``( only)?(, once.*|, and ``temperature`` where that is a tensor)?'
     r'\.$|\bfor (the|its|their) (formula|parts)\b',
-    'cost': r'\bO\(|\b[Tt]ime and memory\b|\bCosts? (one|two|as|about)\b',
+    'cost': r'\bO\(|\b[Tt]ime and memory\b|\bCosts? [a-z]',
     'invariance': r'\b(does|do) not change\b|\binvarian',
     'tap': r'^Taps? |^For a tap\b|^Needs ',
     'weight': r'\bweights?\b[^.]*\d|\d[^.]*\bweights?\b|\b([Dd]efault|[Pp]ublished) weight|\bloss_weight\b'
@@ -263,19 +263,18 @@ def loss_section(kind: type[DistillLoss]) -> list[str]:
     """
     notes = read(inspect.getdoc(kind))
     called = functions_of(kind, notes)
-    # A formula of the loss's own stands for those of its parts.
-    shown = {} if notes.formulas else {name: n for name, n in called.items() if n.formulas and name.endswith('_loss')}
-    several = len(shown) > 1
+    shown = {name: part for name, part in called.items() if part.formulas and name.endswith('_loss')}
+    several = len(shown) + bool(notes.formulas) > 1
     everything = {'': notes, **called}
     lines = [f'### {kind.__name__}', '', markdown(notes.summary), '']
     lines += formula_lines(notes)
+    own = collect({'': notes}, 'text') if notes.formulas or not shown else ''
+    lines += [markdown(own), ''] if own else []
     for name, part in shown.items():
         lines += [f'`F.{name}`:', ''] if several else []
         lines += formula_lines(part)
         explained = collect({name: part}, 'text')
         lines += [markdown(explained), ''] if explained else []
-    own = '' if shown else collect({'': notes}, 'text')
-    lines += [markdown(own), ''] if own else []
     for code in notes.code:
         lines += ['```python', code, '```', '']
     for rows in notes.tables:

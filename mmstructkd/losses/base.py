@@ -22,6 +22,9 @@ class DistillLoss(nn.Module):
         loss_weight: factor of the loss, finite and at least 0.
 
     Attributes:
+        tasks: what it serves, of ``'seg'``, ``'depth'`` and ``'det'``.
+        transfers: what is transferred, in a few words.
+        paper: title and arXiv number of where it comes from.
         needs_equal_channels: the term puts a connector in front where the
             widths differ.
         needs_equal_size: the term resizes the teacher to the student's grid.
@@ -30,6 +33,9 @@ class DistillLoss(nn.Module):
             (a critic's); ``None``: they go with the student's.
     """
 
+    tasks: tuple[str, ...] = ('seg', 'depth', 'det')
+    transfers: str = ''
+    paper: str = ''
     needs_equal_channels: bool = True
     needs_equal_size: bool = True
     needs_images: bool = False

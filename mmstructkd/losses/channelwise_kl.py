@@ -21,9 +21,10 @@ class ChannelwiseKLLoss(SoftenedLoss):
 
     Channel-wise Knowledge Distillation (arXiv:2011.13256). See
     :func:`~mmstructkd.functional.divergence.channelwise_kl_loss` for the
-    formula. Tap class scores (published weights: 3 at temperature 4, 5 at 1) or
-    features (50 at temperature 4); the term puts a 1x1 convolution in front of
-    the student where the widths differ.
+    formula. Tap class scores or features; the term puts a 1x1 convolution in
+    front of the student where the widths differ. The default weight of 1 is
+    none of the published ones: those are 3 at temperature 4 and 5 at temperature
+    1 for class scores, 50 at temperature 4 for features.
 
     Args:
         loss_weight: factor of the loss, finite and at least 0.
@@ -48,6 +49,9 @@ class ChannelwiseKLLoss(SoftenedLoss):
         0.0
     """
 
+    tasks = ('seg', 'depth', 'det')
+    transfers = 'where in the image each channel is active'
+    paper = 'Channel-wise Knowledge Distillation for Dense Prediction (arXiv:2011.13256)'
     softened_axes = (2, 3)
 
     def __init__(self, loss_weight: float = 1.0, *, temperature: Any = 4.0) -> None:

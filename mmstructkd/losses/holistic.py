@@ -173,6 +173,9 @@ class HolisticLoss(DistillLoss):
         ['', 'critic']
     """
 
+    tasks = ('seg', 'depth')
+    transfers = 'how real a whole map looks to a critic'
+    paper = 'Structured Knowledge Distillation for Dense Prediction (arXiv:1903.04197)'
     # A 1x1 convolution would let the student hide behind it: classes must be the same ones.
     needs_equal_channels = False
     needs_equal_size = True

@@ -53,7 +53,8 @@ class PairwiseAffinityLoss(DistillLoss):
 
     ``'code'``: the authors' released code (master) pools by half the map's size,
     rounded down, in ceil mode: 2 x 2 nodes where H and W are even, 3 x 3 where
-    they are odd (and above 1).
+    they are odd (and above 1). The default weight of 1 is where to start: the
+    paper's is 10, that of the code 0.5.
 
     Args:
         loss_weight: factor of the loss, finite and at least 0.
@@ -90,6 +91,9 @@ class PairwiseAffinityLoss(DistillLoss):
         True
     """
 
+    tasks = ('seg', 'depth', 'det')
+    transfers = 'cosine affinities among all places of a map'
+    paper = 'Structured Knowledge Distillation for Dense Prediction (arXiv:1903.04197)'
     needs_equal_channels = False
 
     def __init__(

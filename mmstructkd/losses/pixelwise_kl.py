@@ -46,7 +46,8 @@ class PixelwiseKLLoss(SoftenedLoss):
     ``'code'``: the authors' released code divides by the pixels of one image,
     not by those of the batch, so that its weight of 10 is 10 B on the mean, with
     B the images of one process. It counts pixels without a label like all
-    others; here these count nowhere.
+    others; here these count nowhere. The default weight of 1 is winycg/CIRKD's on
+    this mean.
 
     Args:
         loss_weight: factor of the loss, finite and at least 0.
@@ -79,6 +80,12 @@ class PixelwiseKLLoss(SoftenedLoss):
         0.0
     """
 
+    tasks = ('seg', 'depth', 'det')
+    transfers = 'class probabilities of each pixel'
+    paper = (
+        'Distilling the Knowledge in a Neural Network (arXiv:1503.02531); '
+        'Structured Knowledge Distillation for Dense Prediction (arXiv:1903.04197)'
+    )
     # A 1x1 convolution would let the student hide behind it: classes must be the same ones.
     needs_equal_channels = False
 
