@@ -11,9 +11,11 @@ import torch
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
+from mmstructkd.distillers.execution import Execution
+from mmstructkd.distillers.folding import fold_batch_norm
 from mmstructkd.distillers.loading import build_network, load_weights
 from mmstructkd.distillers.normalization import InputConversion
-from mmstructkd.errors import ConfigError
+from mmstructkd.errors import ConfigError, TapError
 from mmstructkd.registry import MODELS
 from mmstructkd.taps import Capture, Regions, Tap, probe_regions, tapped_forward
 
@@ -55,6 +57,17 @@ class TeacherSource(ABC):
     def move(self, function: Callable[[Tensor], Tensor]) -> None:
         """Apply what the distiller's ``.to()`` applies to its own tensors."""
 
+    def pace(self, step: int) -> float:
+        """Factor of all terms at a step: 0 where the teacher is not asked.
+
+        Args:
+            step: iterations done so far.
+
+        Returns:
+            1, unless the source leaves out steps; then the mean over them is 1.
+        """
+        return 1.0
+
     @abstractmethod
     def provenance(self) -> dict[str, Any]:
         """Say in plain values what this teacher is; saved with checkpoints."""
@@ -74,9 +87,21 @@ class FrozenTeacher(TeacherSource):
         allow_random: let parameters that the checkpoint does not give stay
             random; then ``checkpoint`` may be ``None``.
         trust_checkpoint: allow a checkpoint whose reading runs code.
+        fuse_conv_bn: fold BatchNorm into the convolutions before it; see
+            :func:`~mmstructkd.distillers.folding.fold_batch_norm`. Pairs that a
+            tap names are left as they are.
+        channels_last: run in that memory format.
+        dtype: ``'bf16'`` or ``'fp16'``: the teacher's own autocast, on any
+            device; ``'fp32'``: full precision although the student runs under
+            AMP; ``None``: as the student.
+        compile: run what leads to the taps through ``torch.compile``, for each
+            size of input anew; where that fails, warn and go on without. The
+            first step of each size takes as long as compiling does.
+        every: ask the teacher at every k-th iteration only, with all terms
+            weighted k times then and silent in between.
 
     Raises:
-        ConfigError: no config or no checkpoint.
+        ConfigError: no config or no checkpoint, or an option out of range.
         CheckpointError: the checkpoint is not safe to read, or does not give
             every parameter.
     """
@@ -87,7 +112,19 @@ class FrozenTeacher(TeacherSource):
         checkpoint: str | None = None,
         allow_random: bool = False,
         trust_checkpoint: bool = False,
+        *,
+        fuse_conv_bn: bool = False,
+        channels_last: bool = False,
+        dtype: str | None = None,
+        compile: bool = False,
+        every: int = 1,
     ) -> None:
+        if not isinstance(fuse_conv_bn, bool):
+            raise ConfigError(f'FrozenTeacher: `fuse_conv_bn` must be True or False, got {fuse_conv_bn!r}.')
+        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+            raise ConfigError(f'FrozenTeacher: `every` must be a whole number of at least 1, got {every!r}.')
+        self.fuse_conv_bn, self.every = fuse_conv_bn, every
+        self._execution = Execution(dtype=dtype, channels_last=channels_last, compiled=compile)
         if checkpoint is None and not allow_random:
             raise ConfigError(
                 'FrozenTeacher: `checkpoint` must name the weights of the teacher, got None. '
@@ -108,6 +145,9 @@ class FrozenTeacher(TeacherSource):
                 trust_checkpoint=trust_checkpoint,
             )
         self.network = network.requires_grad_(False).eval()
+        if channels_last:
+            self.network.to(memory_format=torch.channels_last)
+        self._folded: dict[str, str] | None = None
         self._shared = False
         self._convert: InputConversion | None = None
         self._calls: dict[Tap, int] = {}
@@ -116,6 +156,7 @@ class FrozenTeacher(TeacherSource):
     def __deepcopy__(self, memo: dict) -> FrozenTeacher:
         twin = copy.copy(self)
         twin._calls, twin._clone = dict(self._calls), set(self._clone)
+        twin._execution = self._execution.renewed()
         self._shared = twin._shared = True
         return twin
 
@@ -127,20 +168,9 @@ class FrozenTeacher(TeacherSource):
         """
         self._convert = InputConversion(student.data_preprocessor, self.network.data_preprocessor)
 
-    def _forward(
-        self,
-        inputs: Tensor,
-        data_samples: Sequence[Any] | None,
-        taps: Iterable[Tap],
-        calls: Mapping[Tap, int] | None,
-        regions: Regions | None,
-    ) -> Capture:
-        """Run the network on a batch of the student."""
-        with torch.no_grad():
-            inputs = inputs if self._convert is None else self._convert(inputs, data_samples)
-            return tapped_forward(
-                self.network, inputs, data_samples, taps, calls=calls, clone=self._clone, regions=regions
-            )
+    def _converted(self, inputs: Tensor, data_samples: Sequence[Any] | None) -> Tensor:
+        """A batch of the student in the teacher's normalisation."""
+        return inputs if self._convert is None else self._convert(inputs, data_samples)
 
     def probe(self, inputs: Tensor, data_samples: Sequence[Any] | None, taps: Iterable[Tap]) -> Capture:
         """Run a full forward; remember how often each tap is passed and what is changed in place.
@@ -153,11 +183,45 @@ class FrozenTeacher(TeacherSource):
         Returns:
             The capture with all records.
         """
+        taps = tuple(taps)
         regions = probe_regions(len(inputs), tuple(inputs.shape[-2:]))
-        capture = self._forward(inputs, data_samples, taps, None, regions)
+        inputs = self._converted(inputs, data_samples)
+
+        def forward(images: Tensor, clone: Iterable[Tap] = ()) -> Capture:
+            with torch.no_grad():
+                return tapped_forward(self.network, images, data_samples, taps, clone=clone, regions=regions)
+
+        if self.fuse_conv_bn:
+            noise = torch.randn(inputs.shape, generator=torch.Generator().manual_seed(0)).to(inputs)
+            self._fold(lambda: forward(noise, clone=taps).records, taps)
+        capture = forward(inputs)
         self._clone = capture.changed_in_place()
         self._calls = capture.passes
         return capture
+
+    def _fold(self, forward: Callable[[], dict[Tap, list[Tensor]]], taps: Iterable[Tap]) -> None:
+        """Fold what no tap names, once; later taps must leave what is folded alone."""
+        named = {tap.module: str(tap) for tap in taps}
+        if self._folded is None:
+            before = forward()
+            self._folded = fold_batch_norm(self.network, forward, keep=named)
+            after = forward()
+            for tap, tensors in before.items():
+                for old, new in zip(tensors, after[tap], strict=True):
+                    if not torch.allclose(old, new, rtol=1e-3, atol=1e-3 * float(old.abs().max())):
+                        raise ConfigError(
+                            f'FrozenTeacher: `fuse_conv_bn` must not change what the network computes, got a '
+                            f'difference of up to {float((old - new).abs().max()):.3g} at {str(tap)!r}. '
+                            f'{type(self.network).__name__} cannot be folded: set fuse_conv_bn=False.'
+                        )
+            print_log(f'{len(self._folded)} BatchNorms of the teacher are folded into convolutions.', 'current')
+        for norm, convolution in self._folded.items():
+            if norm in named or convolution in named:
+                raise TapError(
+                    f'FrozenTeacher: `tap` must not name a folded BatchNorm or its convolution, got '
+                    f'{named.get(norm, named.get(convolution))!r} ({norm!r} is folded into {convolution!r} already). '
+                    'Name all taps when the distiller is built, or set fuse_conv_bn=False.'
+                )
 
     def observe(
         self,
@@ -178,7 +242,11 @@ class FrozenTeacher(TeacherSource):
         Returns:
             For each tap its tensors in the order of the calls, without graph.
         """
-        return self._forward(inputs, data_samples, taps, self._calls, regions).records
+        with torch.no_grad():
+            inputs = self._converted(inputs, data_samples)
+        return self._execution.run(
+            self.network, inputs, data_samples, taps, calls=self._calls, clone=self._clone, regions=regions
+        )
 
     def move(self, function: Callable[[Tensor], Tensor]) -> None:
         """Move or cast the network, a copy of its own where it is shared.
@@ -190,6 +258,18 @@ class FrozenTeacher(TeacherSource):
             self.network = copy.deepcopy(self.network)
             self._shared = False
         self.network._apply(function)
+        self._execution = self._execution.renewed()
+
+    def pace(self, step: int) -> float:
+        """``every`` at each step that is a multiple of it, else 0.
+
+        Args:
+            step: iterations done so far.
+
+        Returns:
+            The factor of all terms.
+        """
+        return float(self.every) if step % self.every == 0 else 0.0
 
     def provenance(self) -> dict[str, Any]:
         """Config, checkpoint and its SHA-256."""

@@ -47,7 +47,9 @@ class TermScheduleHook(Hook):
             data_batch: unused.
         """
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        pace = model.teacher.pace(runner.iter)
         for term in model.terms.values():
+            term.pace = pace
             by_epoch = term.schedule.by_epoch
             step, last = (runner.epoch, runner.max_epochs) if by_epoch else (runner.iter, runner.max_iters)
             term.factor = term.schedule.factor(step, last)

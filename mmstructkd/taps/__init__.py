@@ -1,7 +1,7 @@
 """Taps: where a network is listened to, and the listening."""
 
 from mmstructkd.taps.capture import Capture, ForwardStopped
-from mmstructkd.taps.forward import tapped_forward
+from mmstructkd.taps.forward import run_tapped, tapped_forward
 from mmstructkd.taps.regions import RegionRecorder, Regions, in_region_head, probe_regions
 from mmstructkd.taps.tap import Tap
 
@@ -13,5 +13,6 @@ __all__ = [
     'Tap',
     'in_region_head',
     'probe_regions',
+    'run_tapped',
     'tapped_forward',
 ]

@@ -12,7 +12,7 @@ from mmstructkd.taps.capture import Capture
 from mmstructkd.taps.regions import REGION_HEAD, Regions, in_region_head, pool_regions
 from mmstructkd.taps.tap import Tap
 
-__all__ = ['tapped_forward']
+__all__ = ['run_tapped', 'tapped_forward']
 
 AUXILIARY = 'auxiliary_head'
 
@@ -52,19 +52,41 @@ def tapped_forward(
     """
     taps = tuple(taps)
     capture = Capture(network, taps, calls=calls, clone=clone)
-    parts = {tap.module.split('.')[0] for tap in taps}
     with capture:
-        if hasattr(network, REGION_HEAD):
-            _two_stage(network, inputs, taps, regions)
-        elif AUXILIARY in parts:
-            features = network.extract_feat(inputs)
-            network.decode_head(features)
-            heads = getattr(network, AUXILIARY)
-            for head in heads if isinstance(heads, nn.ModuleList) else [heads]:
-                head(features)
-        else:
-            network(inputs, data_samples, mode='tensor')
+        run_tapped(network, inputs, data_samples, taps, regions=regions)
     return capture
+
+
+def run_tapped(
+    network: nn.Module,
+    inputs: Tensor,
+    data_samples: Sequence[Any] | None,
+    taps: Sequence[Tap],
+    *,
+    regions: Regions | None = None,
+) -> None:
+    """Run what is tapped of ``network``, without listening.
+
+    Args:
+        network: a segmentor, depth estimator or detector.
+        inputs: preprocessed images, shape (B, 3, H, W).
+        data_samples: one per image, or ``None``.
+        taps: places that must be passed.
+        regions: what a RoI head pools; only for taps in it.
+
+    Raises:
+        TapError: a RoI head is tapped and there are no regions.
+    """
+    if hasattr(network, REGION_HEAD):
+        _two_stage(network, inputs, taps, regions)
+    elif any(tap.module.split('.')[0] == AUXILIARY for tap in taps):
+        features = network.extract_feat(inputs)
+        network.decode_head(features)
+        heads = getattr(network, AUXILIARY)
+        for head in heads if isinstance(heads, nn.ModuleList) else [heads]:
+            head(features)
+    else:
+        network(inputs, data_samples, mode='tensor')
 
 
 def _two_stage(network: nn.Module, inputs: Tensor, taps: Sequence[Tap], regions: Regions | None) -> None:
