@@ -221,7 +221,7 @@ class DepthHead(BaseDecodeHead):
             raise ConfigError(
                 f'{owner}: `max_depth` and `min_depth` must enclose the ground truth, in metres, '
                 f'got {self.max_depth:g} and {self.min_depth:g} for readings from {least:g} to {most:g}. '
-                'Maps in millimetres: give LoadDepthAnnotation depth_rescale_factor=1e-3. '
+                'Maps in millimetres: give LoadDepthAnnotation depth_rescale_factor=1e-3 (KITTI: 1/256). '
                 'Maps in metres: widen the limits.'
             )
 
