@@ -270,6 +270,7 @@ MMRAZOR = {
     'pkd_retinanet-x101_retinanet-r50': (10, 4),
     'pkd_fcos-x101_retinanet-r50': (10, 4),
     'pkd_mask-rcnn-swin-s_retinanet-r50': (6, 4),
+    'pkd_reppoints-x101-dcn_reppoints-r50': (10, 4),
 }
 
 

@@ -26,7 +26,8 @@ from mmstructkd.taps import Capture, RegionRecorder, Regions, Tap, probe_regions
 
 __all__ = ['StructuredDistiller']
 
-PROBE_SIZE = (64, 128)
+# Strides up to 128 give maps of sizes of their own, and 3x6 at stride 32: deformable convolutions refuse 2x4.
+PROBE_SIZE = (96, 192)
 STUDENT = 'student.'
 RUNNER_HOOKS = ('TermScheduleHook', 'StudentCheckpointHook', 'FiniteLossHook')
 
@@ -85,7 +86,7 @@ class StructuredDistiller(BaseModel):
     ``mode='predict'`` and ``mode='tensor'`` delegate, and ``state_dict()`` has
     the student's keys, without a prefix, and nothing but these.
 
-    Both networks are probed once at construction with an input of 64x128
+    Both networks are probed once at construction with an input of 96x192
     zeros, in eval: taps are resolved and their shapes logged, connectors sized,
     losses tried. The global random streams are left as a plain student would
     leave them.

@@ -89,7 +89,7 @@ def test_other_detectors_are_matched_by_stride() -> None:
     assert all(level.student[2:] == level.teacher[2:] for level in levels)
     assert step(model)['loss_kd_pairwise'] > 0
 
-    with pytest.raises(TapError, match=r"none for 'neck\[4\]' \(8x1x1\); the teacher has 'neck\[0\]' \(16x16x32\)"):
+    with pytest.raises(TapError, match=r"none for 'neck\[4\]' \(8x1x2\); the teacher has 'neck\[0\]' \(16x24x48\)"):
         build(toy_detector('retinanet', 2), teacher, NECK)
     with pytest.raises(ConfigError, match="`match` must be one of .*got 'strides'. Did you mean 'stride'"):
         build(toy_detector('retinanet', 2), teacher, dict(pairwise=dict(NECK['pairwise'], match='strides')))
