@@ -1,0 +1,14 @@
+# StructKD on BCCD: affinities on each level of the pyramid, and the class maps where the teacher is sure.
+_base_ = './gfl_r18-w8_300_bccd-320x240.py'
+model = dict(
+    _delete_=True,
+    type='mmstructkd.StructuredDistiller',
+    student=_base_.model,
+    teacher=dict(
+        config='{{ fileDirname }}/gfl_r18-w32_600_bccd-320x240.py',
+        checkpoint='work_dirs/bccd_small/teacher/iter_600.pth'),
+    terms=dict(
+        pixel=dict(tap='bbox_head.gfl_cls', loss=dict(type='mmstructkd.BinaryKLLoss', loss_weight=1.0)),
+        pairwise=dict(
+            tap='neck[*]',
+            loss=dict(type='mmstructkd.PairwiseAffinityLoss', max_side=32, loss_weight=10.0))))
