@@ -235,6 +235,7 @@ class HolisticLoss(DistillLoss):
         self.critic_config = critic
         # Seed and step of the interpolation's random numbers.
         self.register_buffer('stream', torch.zeros(2, dtype=torch.int64))
+        self._stream: list[int] | None = None
 
     def bind(self, student: Tensor, teacher: Tensor) -> None:
         """Build the critic for the channels of the probed maps.
@@ -276,6 +277,7 @@ class HolisticLoss(DistillLoss):
         self.critic = critic.to(self.stream.device).train(self.training)
         self.channels = channels
         self.stream.copy_(torch.tensor([seed, 0]))
+        self._stream = None
 
     def compute(self, student: Tensor, teacher: Tensor, targets: Targets) -> dict[str, Tensor]:
         """Return the student's part (key ``''``) and the critic's weighted objective (``'critic'``)."""
@@ -348,13 +350,21 @@ class HolisticLoss(DistillLoss):
         Returns:
             Shape (B,), on the CPU.
         """
-        seed, step = self.stream.tolist()
+        if self._stream is None:
+            # Read once, not every step: on an accelerator the host would wait for it.
+            self._stream = [int(number) for number in self.stream.tolist()]
+        seed, step = self._stream
         rank, world_size = get_dist_info()
         generator = torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63)
         drawn = torch.rand(batch * world_size, generator=generator)
         if self.training:
+            self._stream[1] += 1
             self.stream[1] += 1
         return drawn[rank::world_size]
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._stream = None
 
     def extra_repr(self) -> str:
         """Show the settings in the model's print-out."""
