@@ -42,7 +42,7 @@ class DecoupledKLLoss(SoftenedLoss):
     ===========  =======  ==========  ==============
 
     The presets are the authors' settings for box heads and for classification;
-    they have none for maps.
+    they have none for maps. The default weight is 1, as there.
 
     Args:
         loss_weight: factor of the loss, finite and at least 0.
