@@ -1,6 +1,7 @@
 """Connectors: what makes a student's tensor comparable with the teacher's."""
 
 from mmstructkd.connectors.attention_fusion import AttentionFusionConnector
+from mmstructkd.connectors.attention_residual import AttentionResidualConnector
 from mmstructkd.connectors.base import Connector, build_connector, width_of
 from mmstructkd.connectors.conv import ConvConnector
 from mmstructkd.connectors.deep_projector import DeepProjectorConnector
@@ -15,6 +16,7 @@ from mmstructkd.connectors.tokens import MapToTokensConnector, TokensToMapConnec
 
 __all__ = [
     'AttentionFusionConnector',
+    'AttentionResidualConnector',
     'Connector',
     'ConvConnector',
     'DeepProjectorConnector',
