@@ -1,0 +1,116 @@
+"""Correlation congruence: a kernel among nodes, or deviations of neighbours."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from mmstructkd.errors import ConfigError, check_one_of, check_positive
+from mmstructkd.functional.relation import adjacent_correlation_loss, correlation_congruence_loss
+from mmstructkd.losses.node_loss import NodeLoss
+from mmstructkd.losses.presets import settle
+from mmstructkd.registry import MODELS
+from mmstructkd.structures import Targets
+
+__all__ = ['CorrelationCongruenceLoss']
+
+_MODES = ('kernel', 'adjacent')
+_DEFAULTS: dict[str, Any] = {'loss_weight': 1.0, 'mode': 'kernel', 'nodes': 'cells'}
+_PRESETS: dict[str, dict[str, Any]] = {'code': {'loss_weight': 0.02, 'mode': 'adjacent', 'nodes': 'images'}}
+
+
+@MODELS.register_module()
+class CorrelationCongruenceLoss(NodeLoss):
+    r"""Squared distance between kernel matrices of nodes, or what the authors' code computes.
+
+    Correlation congruence (arXiv:1904.01802). See
+    :func:`~mmstructkd.functional.relation.correlation_congruence_loss`
+    (``mode='kernel'``, the paper) and
+    :func:`~mmstructkd.functional.relation.adjacent_correlation_loss`
+    (``'adjacent'``, the code, a different formula). Tap features; widths may
+    differ in the first mode, and a connector goes in front in the second.
+
+    ===========  =======  ==========
+    argument     default  ``'code'``
+    ===========  =======  ==========
+    loss_weight  1        0.02
+    mode         kernel   adjacent
+    nodes        cells    images
+    ===========  =======  ==========
+
+    The default weight is ours; torchdistill has 0.003 for the root of this
+    distance.
+
+    Args:
+        loss_weight: factor of the loss, finite and at least 0.
+        mode: ``'kernel'`` or ``'adjacent'``.
+        gamma: of the kernel, above 0.
+        order: terms of its series behind the constant, at least 1.
+        nodes: ``'cells'``, ``'classes'`` or ``'images'``, see
+            :class:`~mmstructkd.losses.node_loss.NodeLoss`.
+        grid: cells in each direction, or (h, w).
+        num_classes: of the labels, for ``'classes'``. ``None``: the task's.
+        preset: ``'code'`` or ``None``. A preset fixes the values of its column;
+            an argument that says otherwise is an error.
+
+    Shape:
+        - student: :math:`(B, D_s, H, W)` or :math:`(n, D_s)`; teacher: likewise,
+          detached.
+        - output: scalar, 0 with a graph where nothing counts.
+
+    Pixels without a label and padding are no part of any node.
+
+    Raises:
+        ConfigError: an argument is out of range or contradicts the preset, or
+            labels are missing for ``nodes='classes'``.
+        ShapeError: the maps do not fit each other.
+
+    Example:
+        >>> import torch
+        >>> x = torch.randn(6, 5)
+        >>> CorrelationCongruenceLoss()(3 * x, x).item() < 1e-10
+        True
+    """
+
+    tasks = ('seg', 'depth', 'det')
+    transfers = 'kernel matrix among cells, class centres or embeddings'
+    paper = 'Correlation Congruence for Knowledge Distillation (arXiv:1904.01802)'
+
+    def __init__(
+        self,
+        loss_weight: float | None = None,
+        *,
+        mode: str | None = None,
+        gamma: float = 0.4,
+        order: int = 2,
+        nodes: str | None = None,
+        grid: int | tuple[int, int] = 8,
+        num_classes: int | None = None,
+        preset: str | None = None,
+    ) -> None:
+        owner = type(self).__name__
+        given = {'loss_weight': loss_weight, 'mode': mode, 'nodes': nodes}
+        settings = settle(owner, preset, given, defaults=_DEFAULTS, presets=_PRESETS)
+        super().__init__(settings['loss_weight'], nodes=settings['nodes'], grid=grid, num_classes=num_classes)
+        check_one_of(owner, 'mode', settings['mode'], _MODES)
+        check_positive(owner, 'gamma', gamma)
+        if isinstance(order, bool) or not isinstance(order, int) or order < 1:
+            raise ConfigError(f'{owner}: `order` must be an integer of at least 1, got {order!r}.')
+        self.preset = preset
+        self.mode: str = settings['mode']
+        self.gamma = float(gamma)
+        self.order = order
+        # Deviations are taken entry by entry; kernels are not.
+        self.needs_equal_channels = self.mode == 'adjacent'
+
+    def compute(self, student: Tensor, teacher: Tensor, targets: Targets) -> Tensor:
+        """Return the unweighted loss."""
+        nodes_s, nodes_t, valid = self.nodes_of(student, teacher, targets)
+        if self.mode == 'adjacent':
+            return adjacent_correlation_loss(nodes_s, nodes_t, valid=valid)
+        return correlation_congruence_loss(nodes_s, nodes_t, gamma=self.gamma, order=self.order, valid=valid)
+
+    def extra_repr(self) -> str:
+        """Show the settings in the model's print-out."""
+        return f'{super().extra_repr()}, mode={self.mode!r}, gamma={self.gamma:g}, order={self.order}'

@@ -1,0 +1,95 @@
+"""Local structure: how like each of its neighbours a place is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from mmstructkd.errors import ConfigError
+from mmstructkd.functional.reduce import valid_pixels
+from mmstructkd.functional.relation import local_structure_loss
+from mmstructkd.losses.softening import SoftenedLoss
+from mmstructkd.registry import MODELS
+from mmstructkd.structures import Targets
+
+__all__ = ['LocalStructureLoss']
+
+
+@MODELS.register_module()
+class LocalStructureLoss(SoftenedLoss):
+    r"""Divergence of how like each neighbour a place is in the student from how in the teacher.
+
+    Local structure preserving (CVPR 2020), from graphs to the grid. See
+    :func:`~mmstructkd.functional.relation.local_structure_loss` for the formula,
+    and how it differs. Tap features; widths may differ. The default weight is
+    ours.
+
+    Args:
+        loss_weight: factor of the loss, finite and at least 0.
+        radius: neighbours are at most this far away in rows and columns; 1 or 2.
+        temperature: of the softmax over cosines: a number above 0, or the config of a registered
+            temperature.
+        include_self: a place is its own neighbour, which the others are
+            measured against.
+
+    Shape:
+        - student: :math:`(B, D_s, H, W)`; teacher: :math:`(B, D_t, H, W)`, detached.
+        - output: scalar, in nats, 0 with a graph where no pixel counts.
+
+    Pixels without a label and padding neither count nor are neighbours.
+
+    Raises:
+        ConfigError: an argument is out of range.
+        ShapeError: the maps differ in B, H or W.
+
+    Example:
+        >>> import torch
+        >>> x = torch.randn(2, 5, 4, 4)
+        >>> LocalStructureLoss()(3 * x, x).item() < 1e-8
+        True
+    """
+
+    needs_equal_channels = False
+    softened_axes = None
+    tasks = ('seg', 'depth', 'det')
+    transfers = 'likeness of each place to its neighbours'
+    paper = 'Distilling Knowledge from Graph Convolutional Networks (CVPR 2020)'
+
+    def __init__(
+        self,
+        loss_weight: float = 1.0,
+        *,
+        radius: int = 1,
+        temperature: Any = 0.1,
+        include_self: bool = True,
+    ) -> None:
+        super().__init__(loss_weight, temperature)
+        owner = type(self).__name__
+        if isinstance(radius, bool) or not isinstance(radius, int) or radius < 1:
+            raise ConfigError(f'{owner}: `radius` must be an integer of at least 1, got {radius!r}.')
+        self.radius = radius
+        self.include_self = bool(include_self)
+
+    def compute(self, student: Tensor, teacher: Tensor, targets: Targets) -> Tensor:
+        """Return the unweighted loss."""
+        valid = valid_pixels(
+            type(self).__name__,
+            student,
+            labels=targets.labels,
+            ignore_index=targets.ignore_index,
+            valid=targets.valid,
+        )
+        student, teacher, temperature = self.soften(student, teacher, targets)
+        return local_structure_loss(
+            student,
+            teacher,
+            radius=self.radius,
+            temperature=temperature,
+            include_self=self.include_self,
+            valid=valid,
+        )
+
+    def extra_repr(self) -> str:
+        """Show the settings in the model's print-out."""
+        return f'{super().extra_repr()}, radius={self.radius}, include_self={self.include_self}'
