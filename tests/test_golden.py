@@ -85,3 +85,73 @@ def test_standardized_over_the_batch():
 def test_attention_transfer():
     case, student = load('at_p2')
     check(case, student, F.attention_transfer_loss(student, case['teacher'], power=2))
+
+
+def test_dist():
+    case, student = load('dist')
+    check(case, student, F.dist_loss(student, case['teacher']))
+
+
+def test_dist_on_a_map_of_the_rows():
+    case, student = load('dist')
+    maps = [z.view(2, 2, 4, -1).movedim(-1, 1) for z in (student, case['teacher'])]
+    check(case, student, F.dist_loss(*maps))
+
+
+def test_decoupled():
+    case, student = load('dkd')
+    check(case, student, F.decoupled_kl_loss(student, case['teacher'], labels=case['target']))
+
+
+def test_decoupled_on_a_map_of_the_rows():
+    case, student = load('dkd')
+    maps = [z.view(2, 2, 4, -1).movedim(-1, 1) for z in (student, case['teacher'])]
+    check(case, student, F.decoupled_kl_loss(*maps, labels=case['target'].view(2, 2, 4)))
+
+
+def test_interclass_matrix():
+    case, student = load('icsd_kl_matrix')
+    case['loss'] = case['loss'].to(student.dtype)
+    gap = F.interclass_kl_matrix(student.detach()) - F.interclass_kl_matrix(case['teacher'])
+    torch.testing.assert_close(gap, case['matrix_diff'].to(gap.dtype), rtol=1e-4, atol=1e-5)
+    classes = student.shape[1]
+    loss = F.interclass_similarity_loss(student, case['teacher'], normalize=False) * classes**2
+    check(case, student, loss)
+
+
+def test_interclass_similarity_of_the_released_code():
+    case, student = load('icsd_released_code')
+    check(case, student, F.interclass_similarity_loss(student, case['teacher'], mode='released_code'))
+
+
+def test_category_similarity():
+    case, student = load('dsd_csd')
+    check(case, student, F.category_similarity_loss(student, case['teacher']))
+
+
+def test_intra_class_variation():
+    case, student = load('ifvd')
+    loss = F.intra_class_variation_loss(
+        student, case['teacher'], labels=case['target'], num_classes=case['num_classes']
+    )
+    check(case, student, loss)
+
+
+def test_similarity_preserving():
+    case, student = load('sp')
+    check(case, student, F.similarity_preserving_loss(student, case['teacher']))
+
+
+def test_relational():
+    case, student = load('rkd_d25_a50')
+    check(case, student, F.relational_loss(student, case['teacher']))
+
+
+def test_adjacent_correlation():
+    case, student = load('cc_adjacent')
+    check(case, student, F.adjacent_correlation_loss(student, case['teacher']))
+
+
+def test_cross_image():
+    case, student = load('cirkd_minibatch_tau0.1')
+    check(case, student, F.cross_image_kl_loss(student, case['teacher'], temperature=case['tau']))

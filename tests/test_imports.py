@@ -22,14 +22,17 @@ MAY_IMPORT = {
     'registry': set(),
     'compat': {'errors'},
     'connectors': {'functional'},
+    'temperatures': {'functional'},
     'critics': {'functional'},
+    'memories': {'functional'},
     'taps': {'functional'},
     'models': {'functional'},
     'datasets': set(),
-    'losses': {'functional', 'connectors', 'critics', 'taps'},
+    'losses': {'functional', 'connectors', 'temperatures', 'critics', 'memories', 'taps'},
     'optim': {'functional', 'compat'},
     'distillers': {'functional', 'losses', 'connectors', 'critics', 'taps', 'optim', 'compat'},
     'hooks': {'functional', 'losses', 'connectors', 'critics', 'taps', 'optim', 'compat', 'distillers'},
+    'evaluation': {'functional', 'taps', 'compat', 'distillers'},
     'visualization': {
         'functional',
         'losses',
@@ -47,8 +50,8 @@ GROUND = {'errors', 'structures', 'registry'}
 
 #: Imports inside functions, each with its reason.
 LOCAL_IMPORTS: dict[tuple[str, str], str] = {
-    ('distillers/preflight.py', '_segmentation_sample'): 'a user of mmdet alone has no mmseg',
-    ('distillers/preflight.py', '_detection_sample'): 'a user of mmseg alone has no mmdet',
+    ('distillers/batches.py', '_segmentation_sample'): 'a user of mmdet alone has no mmseg',
+    ('distillers/batches.py', '_detection_sample'): 'a user of mmseg alone has no mmdet',
 }
 
 MODULES = sorted(PACKAGE.rglob('*.py'))
