@@ -24,7 +24,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as torch_functional
-from mmengine.analysis import get_model_complexity_info
 from mmengine.config import Config, DictAction
 from mmengine.logging import MMLogger
 from mmengine.model import BaseModel
@@ -33,9 +32,10 @@ from torch import Tensor, nn
 
 from mmstructkd import compat
 from mmstructkd.distillers.batches import input_size, synthetic_batch
-from mmstructkd.distillers.loading import build_network, load_weights, student_config
+from mmstructkd.distillers.loading import build_network, load_student, student_config
 from mmstructkd.distillers.targets import task_of
 from mmstructkd.errors import CheckpointError, ConfigError, ShapeError, TapError
+from mmstructkd.evaluation.cost import all_tensors, multiply_adds, parameter_count
 
 KEYS = {'state_dict', 'meta'}
 
@@ -118,20 +118,7 @@ def load_as_users_do(cfg: Config, path: Path, framework: str) -> nn.Module:
 def outputs_of(model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, ...]:
     """Run ``mode='tensor'`` in eval and flatten what it gives."""
     with torch.no_grad():
-        return flatten(model.eval()(batch['inputs'], batch['data_samples'], mode='tensor'))
-
-
-def flatten(value: Any) -> tuple[Tensor, ...]:
-    """All tensors in nested sequences, dicts and mmengine structures, in order."""
-    if isinstance(value, Tensor):
-        return (value,)
-    if hasattr(value, 'all_items'):
-        value = [item for _, item in value.all_items()]
-    elif isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, (list, tuple)):
-        return tuple(tensor for item in value for tensor in flatten(item))
-    return ()
+        return all_tensors(model.eval()(batch['inputs'], batch['data_samples'], mode='tensor'))
 
 
 def verify(path: Path, cfg: Config, reference: BaseModel, batch: dict[str, Any]) -> None:
@@ -321,43 +308,14 @@ def compare_onnx(network: nn.Module, path: Path, inputs: Tensor, tolerance: floa
 # --- complexity ----------------------------------------------------------------------------------------------
 
 
-class Forward(nn.Module):
-    """``mode='tensor'`` of a model as a function of the images alone.
-
-    Args:
-        model: the model.
-        samples: the data samples that go with the images.
-    """
-
-    def __init__(self, model: nn.Module, samples: Any) -> None:
-        super().__init__()
-        self.model = model
-        self.samples = samples
-
-    def forward(self, inputs: Tensor) -> tuple[Tensor, ...]:
-        """Return all tensors of the output."""
-        return flatten(self.model(inputs, self.samples, mode='tensor'))
-
-
 def complexity(model: BaseModel, size: tuple[int, int]) -> str:
     """Say how large a model is, and what an image of ``size`` costs."""
-    parameters = sum(p.numel() for p in model.parameters())
-    batch = synthetic_batch(model.eval(), size, 1, training=False)
-    shape = 'x'.join(map(str, batch['inputs'].shape[-2:]))
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')
-            found = get_model_complexity_info(
-                Forward(model, batch['data_samples']).eval(),
-                inputs=(batch['inputs'],),
-                show_table=False,
-                show_arch=False,
-            )
-        cost = f'{found["flops"] / 1e9:.3f} G multiply-adds at {shape}'
+        cost = f'{multiply_adds(model.eval(), size) / 1e9:.3f} G multiply-adds at {size[0]}x{size[1]}'
     except Exception as err:
         # A number for information: a network that cannot be traced is exported all the same.
         cost = f'multiply-adds not counted ({type(err).__name__})'
-    return f'{parameters / 1e6:.3f} M parameters, {cost}'
+    return f'{parameter_count(model) / 1e6:.3f} M parameters, {cost}'
 
 
 def print_complexity(student: BaseModel, cfg: Config, size: tuple[int, int]) -> None:
@@ -421,9 +379,7 @@ def export(args: argparse.Namespace) -> None:
 
     source = compat.read_checkpoint(args.checkpoint, trust=args.trust_checkpoint)
     init_default_scope(cfg.get('default_scope', 'mmengine'))
-    model = build_network({'model': cfg.model, 'default_scope': cfg.get('default_scope')}, 'export_student')
-    load_weights(model, args.checkpoint, owner='export_student', trust_checkpoint=args.trust_checkpoint)
-    model.eval()
+    model = load_student(cfg, args.checkpoint, owner='export_student', trust_checkpoint=args.trust_checkpoint)
     if onnx is not None:
         check_onnx_possible(model)
     size = tuple(args.size) if args.size else input_size(cfg, model)

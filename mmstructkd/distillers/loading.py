@@ -17,7 +17,7 @@ from mmstructkd.compat import local_checkpoint, read_checkpoint
 from mmstructkd.errors import CheckpointError, ConfigError
 from mmstructkd.registry import MODELS
 
-__all__ = ['build_network', 'file_hash', 'load_weights', 'student_config']
+__all__ = ['build_network', 'file_hash', 'load_student', 'load_weights', 'student_config']
 
 DISTILLER = 'mmstructkd.StructuredDistiller'
 
@@ -174,6 +174,28 @@ def load_weights(
     fitting = {k: v for k, v in weights.items() if k in own and k not in misshapen}
     network.load_state_dict(fitting, strict=False)
     return file_hash(path)
+
+
+def load_student(cfg: Config, checkpoint: str, *, owner: str, trust_checkpoint: bool = False) -> nn.Module:
+    """Build the plain network of a config and fill it from a checkpoint, every key matched.
+
+    Args:
+        cfg: a plain config, or a distilling one, whose student is meant.
+        checkpoint: see :func:`load_weights`.
+        owner: who asks, for the message.
+        trust_checkpoint: allow a file whose reading runs code.
+
+    Returns:
+        The network, in eval.
+
+    Raises:
+        CheckpointError: see :func:`load_weights`.
+        ConfigError: there is no model in the config.
+    """
+    plain = student_config(cfg)
+    network = build_network({key: plain.get(key) for key in ('model', 'default_scope', 'data_preprocessor')}, owner)
+    load_weights(network, checkpoint, owner=owner, trust_checkpoint=trust_checkpoint)
+    return network.eval()
 
 
 def _mismatch(
