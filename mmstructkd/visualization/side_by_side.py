@@ -1,7 +1,6 @@
-"""One picture: images and masks in columns, with titles and a legend.
+"""One picture: images, masks and depth maps in columns, with titles and a legend.
 
-Shape shorthand: H x W a tile before it is enlarged. Images are BGR, as mmcv and
-cv2 read and write them; palettes are RGB, as mmseg keeps them.
+H x W a tile before it is enlarged. Images are BGR, palettes RGB.
 """
 
 from __future__ import annotations
@@ -12,101 +11,44 @@ import cv2
 import numpy as np
 
 from mmstructkd.errors import ConfigError, ShapeError
+from mmstructkd.visualization.legend import class_legend, depth_legend
+from mmstructkd.visualization.paint import colour_depth, colour_mask
+from mmstructkd.visualization.text import GAP, LINE, PAPER, text_width, write
 
-__all__ = ['colour_mask', 'side_by_side']
+__all__ = ['side_by_side']
 
-GAP = 6
-INK = (40, 40, 40)
-PAPER = 255
-UNKNOWN = (255, 255, 255)
-FONT = cv2.FONT_HERSHEY_SIMPLEX
-LINE = 24  # height of a line of text
-
-
-def colour_mask(labels: np.ndarray, palette: Sequence[Sequence[int]], *, ignore_index: int = 255) -> np.ndarray:
-    """Paint each class in its colour.
-
-    Args:
-        labels: integers, shape (H, W), index into ``palette``.
-        palette: RGB of each class.
-        ignore_index: label that is left white.
-
-    Returns:
-        BGR image, uint8, shape (H, W, 3).
-
-    Raises:
-        ShapeError: ``labels`` is not 2-D.
-        ConfigError: a label has no colour.
-
-    Example:
-        >>> colour_mask(np.array([[0, 255]]), [(1, 2, 3)]).tolist()
-        [[[3, 2, 1], [255, 255, 255]]]
-    """
-    if labels.ndim != 2:
-        raise ShapeError(f'colour_mask: `labels` must have shape (H, W), got {labels.shape}. Pick one image.')
-    known = labels != ignore_index
-    if known.any() and not 0 <= labels[known].min() <= labels[known].max() < len(palette):
-        raise ConfigError(
-            f'colour_mask: `labels` must lie in [0, {len(palette) - 1}] or be {ignore_index}, '
-            f'got {labels[known].min()} to {labels[known].max()}. Give a colour for each class.'
-        )
-    painted = np.full((*labels.shape, 3), UNKNOWN, np.uint8)
-    painted[known] = np.asarray(palette, np.uint8)[labels[known]][:, ::-1]
-    return painted
-
-
-def _text(canvas: np.ndarray, words: str, x: int, y: int, scale: float = 0.5) -> None:
-    """Write a line whose baseline starts at (x, y)."""
-    cv2.putText(canvas, words, (x, y), FONT, scale, INK, 1, cv2.LINE_AA)
-
-
-def _width(words: str, scale: float = 0.5) -> int:
-    """Pixels a line takes."""
-    return cv2.getTextSize(words, FONT, scale, 1)[0][0]
-
-
-def _legend(classes: Sequence[str], palette: Sequence[Sequence[int]], width: int) -> np.ndarray:
-    """Name the colours, in as many lines as they need."""
-    box, places, x, y = 14, [], GAP, 0
-    for name in classes:
-        wide = box + 6 + _width(name) + 16
-        if x > GAP and x + wide > width:
-            x, y = GAP, y + LINE
-        places.append((x, y))
-        x += wide
-    canvas = np.full((y + LINE, width, 3), PAPER, np.uint8)
-    for name, colour, (left, top) in zip(classes, palette, places, strict=True):
-        red, green, blue = (int(value) for value in colour)
-        cv2.rectangle(canvas, (left, top + 5), (left + box, top + 5 + box), (blue, green, red), -1)
-        cv2.rectangle(canvas, (left, top + 5), (left + box, top + 5 + box), INK, 1)
-        _text(canvas, name, left + box + 6, top + 17)
-    return canvas
+TITLE_SCALE = 0.5
 
 
 def side_by_side(
     rows: Sequence[Sequence[np.ndarray]],
     *,
     titles: Sequence[str],
-    classes: Sequence[str],
-    palette: Sequence[Sequence[int]],
+    classes: Sequence[str] = (),
+    palette: Sequence[Sequence[int]] = (),
+    depth_range: tuple[float, float] | None = None,
     enlarge: int = 1,
 ) -> np.ndarray:
-    r"""Set images and masks in rows and columns.
+    r"""Set images, masks and depth maps in rows and columns.
 
     Args:
-        rows: one sequence of tiles a row, each an image (uint8 BGR, (H, W, 3))
-            or a mask (integers, (H, W)), all of one size.
-        titles: one for each column; ``'\n'`` starts a second line.
-        classes: names for the legend.
+        rows: one sequence of tiles a row, all of one size, each an image (uint8
+            BGR, (H, W, 3)), a class mask (integers, (H, W)), or a depth map
+            (metres, floating point, (H, W)).
+        titles: one for each column; ``'\n'`` starts another line.
+        classes: names for the legend; none, no such legend.
         palette: RGB of each class.
-        enlarge: factor by which tiles grow; masks keep their edges.
+        depth_range: metres at both ends of the colours of depth; given, the
+            legend has the scale.
+        enlarge: factor by which tiles grow; masks and depth maps keep their edges.
 
     Returns:
-        BGR image, uint8: titles above, legend below, ignored pixels white.
+        BGR image, uint8: titles above, legend below; ignored pixels and those
+        without a reading are white.
 
     Raises:
         ConfigError: there is no row, or a row, the titles and the classes do
-            not match in number.
+            not match in number; a depth map without ``depth_range``.
         ShapeError: tiles differ in size.
 
     Example:
@@ -135,13 +77,31 @@ def side_by_side(
     for column, words in enumerate(lines):
         left = GAP + column * (width + GAP)
         for number, line in enumerate(words):
-            scale = min(0.5, 0.5 * width / max(_width(line), 1))
-            _text(canvas, line, left, (number + 1) * LINE - 6, scale)
+            scale = min(TITLE_SCALE, TITLE_SCALE * width / max(text_width(line, TITLE_SCALE), 1))
+            write(canvas, line, left, (number + 1) * LINE - 6, scale=scale)
     for index, row in enumerate(rows):
         y = top + index * (height + GAP)
         for column, tile in enumerate(row):
             x = GAP + column * (width + GAP)
-            painted = tile if tile.ndim == 3 else colour_mask(tile, palette)
             how = cv2.INTER_CUBIC if tile.ndim == 3 else cv2.INTER_NEAREST
+            painted = _painted(tile, palette, depth_range)
             canvas[y : y + height, x : x + width] = cv2.resize(painted, (width, height), interpolation=how)
-    return np.concatenate([canvas, _legend(classes, palette, total)])
+    parts = [canvas]
+    if classes:
+        parts.append(class_legend(classes, palette, total))
+    if depth_range is not None:
+        parts.append(depth_legend(depth_range, total))
+    return np.concatenate(parts)
+
+
+def _painted(tile: np.ndarray, palette: Sequence[Sequence[int]], depth_range: tuple[float, float] | None) -> np.ndarray:
+    """Paint a tile by what it is."""
+    if tile.ndim == 3:
+        return tile
+    if not np.issubdtype(tile.dtype, np.floating):
+        return colour_mask(tile, palette)
+    if depth_range is None:
+        raise ConfigError(
+            'side_by_side: `depth_range` must be given for depth maps, got None. Give (near, far) in metres.'
+        )
+    return colour_depth(tile, depth_range)

@@ -6,15 +6,11 @@ import numpy as np
 import pytest
 
 from mmstructkd.errors import ConfigError, ShapeError
-from mmstructkd.visualization import colour_mask, side_by_side
+from mmstructkd.visualization import colour_depth, side_by_side
+from mmstructkd.visualization.legend import depth_legend
 
 PALETTE = [(200, 0, 0), (0, 0, 250)]
 LOOKS = dict(titles=['truth', 'student\nmIoU 1.0'], classes=['red', 'blue'], palette=PALETTE)
-
-
-def test_mask_is_painted_in_bgr_and_ignored_pixels_are_white():
-    painted = colour_mask(np.array([[0, 1, 255]], np.uint8), PALETTE)
-    assert painted.tolist() == [[[0, 0, 200], [250, 0, 0], [255, 255, 255]]]
 
 
 def test_tiles_keep_their_place_and_edges():
@@ -45,17 +41,6 @@ def test_inputs_are_left_alone():
     assert (mask == before).all()
 
 
-@pytest.mark.parametrize('label', [-1, 2])
-def test_label_without_colour_is_refused(label):
-    with pytest.raises(ConfigError, match=rf'must lie in \[0, 1\] or be 255, got {label} to {label}'):
-        colour_mask(np.array([[label, 255]]), PALETTE)
-
-
-def test_batch_of_masks_is_refused():
-    with pytest.raises(ShapeError, match=r'\(1, 2, 2\)'):
-        colour_mask(np.zeros((1, 2, 2), int), PALETTE)
-
-
 def test_rows_that_do_not_fit_are_refused():
     tile = np.zeros((4, 4), int)
     with pytest.raises(ConfigError, match=r'rows of \[2, 1\] for 2 titles'):
@@ -66,3 +51,33 @@ def test_rows_that_do_not_fit_are_refused():
         side_by_side([[tile, np.zeros((5, 4), int)]], **LOOKS)
     with pytest.raises(ConfigError, match='2 for 1 classes'):
         side_by_side([[tile]], titles=['truth'], classes=['red'], palette=PALETTE)
+
+
+def test_depth_maps_share_their_colours_and_have_a_scale():
+    near, far = np.full((30, 40), 2.0, np.float32), np.full((30, 40), 8.0, np.float32)
+    far[0] = 0
+    picture = side_by_side([[near, far]], titles=['truth', 'student'], depth_range=(1.0, 10.0))
+    top = 24 + 6
+    assert (picture[top : top + 30, 6:46] == colour_depth(near, (1.0, 10.0))).all()
+    assert (picture[top + 1 : top + 30, 52:92] == colour_depth(far, (1.0, 10.0))[1:]).all()
+    assert (picture[top, 52:92] == 255).all()
+    legend = picture[top + 36 :].reshape(-1, 3)
+    for depth in (near, far):
+        colour = colour_depth(depth, (1.0, 10.0))[-1, -1].astype(int)
+        assert np.abs(legend - colour).max(axis=1).min() <= 3  # the scale has as many steps as pixels
+    with pytest.raises(ConfigError, match='`depth_range` must be given'):
+        side_by_side([[near]], titles=['truth'])
+
+
+def test_painted_tiles_need_no_legend():
+    tile = np.full((10, 200, 3), 9, np.uint8)
+    assert side_by_side([[tile]], titles=['image']).shape == (24 + 6 + 10 + 6, 212, 3)
+
+
+@pytest.mark.parametrize('width', [12, 60, 150, 400, 1500])
+def test_scale_of_metres_fits_any_width(width):
+    legend = depth_legend((0.5, 24.0), width)
+    assert legend.shape[1] == width
+    bar = legend[10]
+    painted = (bar != bar.max(axis=1, keepdims=True)).any(axis=1).sum()
+    assert painted > min(width // 2, width - 24)
