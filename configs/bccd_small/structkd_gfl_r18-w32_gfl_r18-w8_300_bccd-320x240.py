@@ -11,4 +11,4 @@ model = dict(
         pixel=dict(tap='bbox_head.gfl_cls', loss=dict(type='mmstructkd.BinaryKLLoss', loss_weight=1.0)),
         pairwise=dict(
             tap='neck[*]',
-            loss=dict(type='mmstructkd.PairwiseAffinityLoss', max_side=32, loss_weight=10.0))))
+            loss=dict(type='mmstructkd.PairwiseAffinityLoss', max_side=32, loss_weight=1.0))))

@@ -10,7 +10,7 @@ model = dict(
         checkpoint='work_dirs/quickstart_depth/teacher/iter_500.pth'),
     terms=dict(
         pairwise=dict(
-            tap='decode_head.convs', loss=dict(type='mmstructkd.PairwiseAffinityLoss', loss_weight=10.0)),
+            tap='decode_head.convs', loss=dict(type='mmstructkd.PairwiseAffinityLoss', loss_weight=1.0)),
         # where there is a reading: elsewhere is the sky, whose depth the teacher does not know either
         depth=dict(
             tap='decode_head.to_depth',

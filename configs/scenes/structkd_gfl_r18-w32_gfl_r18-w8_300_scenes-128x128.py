@@ -13,4 +13,4 @@ model = dict(
             tap='neck[*]', loss=dict(type='mmstructkd.StandardizedMSELoss', preset='pkd', loss_weight=10.0)),
         pairwise=dict(
             tap='neck[*]',
-            loss=dict(type='mmstructkd.PairwiseAffinityLoss', max_side=32, loss_weight=10.0))))
+            loss=dict(type='mmstructkd.PairwiseAffinityLoss', max_side=32, loss_weight=1.0))))

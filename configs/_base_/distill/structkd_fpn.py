@@ -4,4 +4,4 @@
 structkd_terms = dict(
     pairwise=dict(
         tap='neck[*]',
-        loss=dict(type='mmstructkd.PairwiseAffinityLoss', max_side=32, loss_weight=10.0)))
+        loss=dict(type='mmstructkd.PairwiseAffinityLoss', max_side=32, loss_weight=1.0)))
