@@ -17,12 +17,12 @@ from mmstructkd.errors import (
     ShapeError,
     check_finite_number,
     check_ndim,
-    check_positive,
     check_same,
 )
 from mmstructkd.functional.precision import full_precision
 from mmstructkd.functional.reduce import masked_mean, mean_of_sum, valid_pixels
 from mmstructkd.functional.resize import resize_mask
+from mmstructkd.functional.softening import check_temperature
 
 __all__ = ['box_masks', 'focal_attention', 'focal_feature_loss']
 
@@ -146,7 +146,7 @@ def box_masks(
 
 @full_precision
 def focal_attention(
-    features: Tensor, *, temperature: float = 0.5, valid: Tensor | None = None
+    features: Tensor, *, temperature: float | Tensor = 0.5, valid: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     r"""Where a feature is strong, and in which channels, as weights of mean 1.
 
@@ -159,7 +159,7 @@ def focal_attention(
 
     Args:
         features: shape (B, D, H, W), any float dtype.
-        temperature: T, above 0.
+        temperature: T, above 0, a number or a scalar tensor.
         valid: positions that count, bool, shape (B, h, w), brought to H x W by
             nearest. ``None``: all.
 
@@ -177,7 +177,7 @@ def focal_attention(
         ([1.0, 1.0, 1.0, 1.0], [1.0, 1.0, 1.0])
     """
     owner = 'focal_attention'
-    check_positive(owner, 'temperature', temperature)
+    check_temperature(owner, temperature)
     check_ndim(owner, 'features', features, 4, '(B, D, H, W)')
     counts = valid_pixels(owner, features, valid=valid)
     if counts is not None:
@@ -207,7 +207,7 @@ def focal_feature_loss(
     foreground_weight: float = 1e-3,
     background_weight: float = 5e-4,
     attention_weight: float = 5e-4,
-    temperature: float = 0.5,
+    temperature: float | Tensor = 0.5,
     valid: Tensor | None = None,
 ) -> Tensor:
     r"""Squared distance of features inside and outside of boxes, weighed by the teacher's attention.
@@ -235,7 +235,7 @@ def focal_feature_loss(
         foreground_weight: alpha, at least 0.
         background_weight: beta, at least 0.
         attention_weight: gamma, at least 0.
-        temperature: of the attention, above 0.
+        temperature: of the attention, above 0, a number or a scalar tensor.
         valid: pixels that count, bool, shape (B, h', w'), brought to H x W by
             nearest: the others take no part, in the attention neither.
 
@@ -260,7 +260,7 @@ def focal_feature_loss(
     weights = (foreground_weight, background_weight, attention_weight)
     for name, value in zip(('foreground_weight', 'background_weight', 'attention_weight'), weights, strict=True):
         check_finite_number(owner, name, value, minimum=0)
-    check_positive(owner, 'temperature', temperature)
+    check_temperature(owner, temperature)
     check_ndim(owner, 'student', student, 4, '(B, D, H, W)')
     check_ndim(owner, 'teacher', teacher, 4, '(B, D, H, W)')
     way_out = 'Resize the teacher with resize_map, or put a connector in front of the student.'

@@ -86,7 +86,7 @@ def scale_gradient(tensor: Tensor, factor: float) -> Tensor:
 
 @full_precision
 def standardize_logits(
-    logits: Tensor, *, dim: int | tuple[int, ...] = 1, valid: Tensor | None = None, eps: float = 1e-6
+    logits: Tensor, *, dim: int | tuple[int, ...] = 1, valid: Tensor | None = None, eps: float = 1e-4
 ) -> Tensor:
     r"""Scores of mean 0 and standard deviation 1 along the axes of their distribution.
 
@@ -107,7 +107,8 @@ def standardize_logits(
         valid: positions that count, bool, shape (B, H, W) or (N,). Elsewhere the
             result is 0, whatever stands there. ``None``: all.
         eps: scores that differ by less, relative to the largest of them (or to
-            1), count as equal.
+            1), count as equal; it bounds the gradient at 1 / eps or so, which half
+            precision can hold.
 
     Returns:
         Same shape, at least float32; 0 where all scores of a distribution are

@@ -85,10 +85,10 @@ class BinaryKLLoss(SoftenedLoss):
         normalizer: str | Tensor = self.normalizer
         if normalizer == 'boxes':
             if student.dim() != 4 or targets.boxes is None or targets.input_size is None:
+                what = 'rows' if student.dim() != 4 else 'no boxes' if targets.boxes is None else 'no input size'
                 raise ConfigError(
-                    f"{owner}: `targets.boxes` and `targets.input_size` must be given for normalizer='boxes', and "
-                    f'the inputs be maps, got {targets.boxes!r}, {targets.input_size!r} and {tuple(student.shape)}. '
-                    "Set normalizer='weights'."
+                    f"{owner}: `normalizer` must be 'weights' or 'positions' where positions have no boxes, "
+                    f"got 'boxes' with {what}."
                 )
             size = (student.shape[2], student.shape[3])
             inside = inside_boxes(targets.boxes, size, targets.input_size).to(student.device)

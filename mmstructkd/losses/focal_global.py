@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as torch_functional
 from torch import Tensor, nn
 
-from mmstructkd.errors import ConfigError, ShapeError, check_finite_number, check_ndim, check_positive, check_same
+from mmstructkd.errors import ConfigError, ShapeError, check_finite_number, check_ndim, check_same
 from mmstructkd.functional.boxes import focal_feature_loss
 from mmstructkd.functional.precision import full_precision
 from mmstructkd.functional.statistics import feature_mse_loss
-from mmstructkd.losses.base import DistillLoss
 from mmstructkd.losses.positions import counting_positions
 from mmstructkd.losses.presets import settle
+from mmstructkd.losses.softening import SoftenedLoss
 from mmstructkd.registry import MODELS
 from mmstructkd.structures import Targets
 
@@ -92,7 +92,7 @@ def _relation(
 
 
 @MODELS.register_module()
-class FocalGlobalLoss(DistillLoss):
+class FocalGlobalLoss(SoftenedLoss):
     r"""Features of objects and of the background apart, where the teacher looks, and the image as a whole.
 
     .. math::
@@ -127,7 +127,8 @@ class FocalGlobalLoss(DistillLoss):
         background_weight: beta, at least 0.
         attention_weight: gamma, at least 0.
         global_weight: lambda, at least 0.
-        temperature: of the attention, above 0.
+        temperature: of the attention: a number above 0, or the config of a registered
+            temperature.
         preset: a column of the table, or ``None``. A preset fixes the values of
             its column; an argument that says otherwise is an error.
 
@@ -151,6 +152,7 @@ class FocalGlobalLoss(DistillLoss):
         0.0
     """
 
+    softened_axes = None
     tasks = ('det',)
     transfers = 'features of objects and background, attention, global context'
     paper = 'Focal and Global Knowledge Distillation for Detectors (arXiv:2111.11837)'
@@ -163,10 +165,9 @@ class FocalGlobalLoss(DistillLoss):
         background_weight: float | None = None,
         attention_weight: float | None = None,
         global_weight: float | None = None,
-        temperature: float | None = None,
+        temperature: Any = None,
         preset: str | None = None,
     ) -> None:
-        super().__init__(loss_weight=loss_weight)
         owner = type(self).__name__
         given = {
             'foreground_weight': foreground_weight,
@@ -176,15 +177,14 @@ class FocalGlobalLoss(DistillLoss):
             'temperature': temperature,
         }
         settings = settle(owner, preset, given, defaults=_DEFAULTS, presets=_PRESETS)
+        super().__init__(loss_weight, settings['temperature'])
         for name in _WEIGHTS:
             check_finite_number(owner, name, settings[name], minimum=0)
-        check_positive(owner, 'temperature', settings['temperature'])
         self.preset = preset
         self.foreground_weight = float(settings['foreground_weight'])
         self.background_weight = float(settings['background_weight'])
         self.attention_weight = float(settings['attention_weight'])
         self.global_weight = float(settings['global_weight'])
-        self.temperature = float(settings['temperature'])
         self.channels: int | None = None
         self.context_student: ContextBlock | None = None
         self.context_teacher: ContextBlock | None = None
@@ -229,6 +229,7 @@ class FocalGlobalLoss(DistillLoss):
             )
         self._check_channels(student)
         valid = counting_positions(owner, student, targets)
+        student, teacher, temperature = self.soften(student, teacher, targets)
         focal = focal_feature_loss(
             student,
             teacher,
@@ -237,7 +238,7 @@ class FocalGlobalLoss(DistillLoss):
             foreground_weight=self.foreground_weight,
             background_weight=self.background_weight,
             attention_weight=self.attention_weight,
-            temperature=self.temperature,
+            temperature=temperature,
             valid=valid,
         )
         if self.context_student is None or self.context_teacher is None:
@@ -265,5 +266,5 @@ class FocalGlobalLoss(DistillLoss):
         return (
             f'{super().extra_repr()}, foreground_weight={self.foreground_weight:g}, '
             f'background_weight={self.background_weight:g}, attention_weight={self.attention_weight:g}, '
-            f'global_weight={self.global_weight:g}, temperature={self.temperature:g}'
+            f'global_weight={self.global_weight:g}'
         )

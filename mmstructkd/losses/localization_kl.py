@@ -50,7 +50,8 @@ class LocalizationKLLoss(SoftenedLoss):
     ``'code'``: the scale of the authors' released code, which sums over the
     positives. That code takes the positions its assigner picked and weighs them by
     the student's class scores; here positions come from ``region`` and weigh the
-    same. Its second term, on positions around the positives, is not here.
+    same. Its second term, on positions around the positives, is not here. The
+    default weight is theirs, 0.25, on a mean instead of a sum: tune it.
 
     Args:
         loss_weight: factor of the loss, finite and at least 0.
@@ -154,9 +155,10 @@ class LocalizationKLLoss(SoftenedLoss):
         if self.region == 'confident':
             chosen = edge_confidence(teacher, edges=self.edges) >= self.threshold
         elif targets.boxes is None or targets.input_size is None:
+            missing = 'boxes' if targets.boxes is None else 'input_size'
             raise ConfigError(
-                f"{owner}: `targets.boxes` and `targets.input_size` must be given for region='boxes', got "
-                f"{targets.boxes!r} and {targets.input_size!r}. Set region='confident' where there are no boxes."
+                f"{owner}: `targets.{missing}` must be given for region='boxes', got None. "
+                "Set region='confident' where there are no boxes."
             )
         else:
             size = (student.shape[2], student.shape[3])

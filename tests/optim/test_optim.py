@@ -50,6 +50,28 @@ def test_every_parameter_is_in_once() -> None:
     assert set(params) == {p for p in model.parameters() if p.requires_grad}
 
 
+def test_learnable_temperatures_are_not_decayed() -> None:
+    terms = dict(
+        pixel=dict(
+            tap='decode_head.conv_seg',
+            loss=dict(type='mmstructkd.PixelwiseKLLoss', temperature=dict(type='mmstructkd.LearnableTemperature')),
+        ),
+        feature=dict(
+            tap='backbone[3]',
+            loss=dict(type='mmstructkd.ChannelwiseKLLoss', temperature=dict(type='mmstructkd.LearnableTemperature')),
+        ),
+    )
+    config = toy_distiller()
+    config.terms = terms
+    model = MODELS.build(config)
+    groups = build_optim_wrapper(model, copy.deepcopy(SETTINGS)).optimizer.param_groups
+    thetas = {term.loss.temperature.theta for term in model.terms.values()}
+    assert set(groups[-1]['params']) == thetas
+    assert (groups[-1]['weight_decay'], groups[-1]['lr']) == (0.0, 0.1)
+    assert set(groups[-2]['params']) == set(model.terms['feature'].connectors.parameters())
+    assert groups[-2]['weight_decay'] == 1e-2
+
+
 def test_constructor_wants_a_distiller() -> None:
     with pytest.raises(ConfigError, match='must be a StructuredDistiller, got EncoderDecoder'):
         build_optim_wrapper(MODELS.build(toy_segmentor(4)), copy.deepcopy(SETTINGS))
