@@ -1,5 +1,5 @@
 # StructKD on BCCD: affinities on each level of the pyramid, and the class maps where the teacher is sure.
-_base_ = './gfl_r18-w8_300_bccd-320x240.py'
+_base_ = './gfl_r18-w8_600_bccd-320x240.py'
 model = dict(
     _delete_=True,
     type='mmstructkd.StructuredDistiller',
