@@ -481,3 +481,17 @@ def test_page_on_own_models_works_as_written(tmp_path, monkeypatch):
     term = MODELS.build(Config.fromfile(path).model).terms['pixel']
     assert term.schedule.factor(0, 80000) == 1.0
     assert term.schedule.factor(40000, 80000) == 0.0
+
+
+def test_configs_of_the_readme_build(tmp_path):
+    """Both, one of mmseg and one of mmdet, as they are printed; weights off."""
+    text = (ROOT / 'README.md').read_text(encoding='utf-8')
+    blocks = [block for block in re.findall(r'```python\n(.*?)```', text, flags=re.DOTALL) if block.startswith('_base_')]
+    assert len(blocks) == 2
+    for number, block in enumerate(blocks):
+        path = tmp_path / f'readme_{number}.py'
+        path.write_text(block, encoding='utf-8')
+        cfg = Config.fromfile(path)
+        init_default_scope(cfg.default_scope)
+        model = build(cfg)
+        assert list(model.terms) == list(cfg.model.terms)
