@@ -15,8 +15,6 @@ from mmstructkd.functional.softening import check_temperature, kl_along
 
 __all__ = ['channelwise_kl_loss', 'pixelwise_kl_loss']
 
-_kl = kl_along
-
 _WAY_OUT = 'Resize the teacher with resize_map, or put a connector in front of the student.'
 
 
