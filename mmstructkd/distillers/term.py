@@ -360,7 +360,7 @@ class Term(nn.Module):
         return ConfigError(
             f'term {self.name!r}: the teacher must have the classes of the student, got num_classes={classes[1]} '
             f'for the teacher and {classes[0]} for the student. '
-            'Tap a feature instead of the logits, or use a teacher of the same classes.'
+            'Tap a feature instead of the logits, or map the classes with `class_map` of a loss that has it.'
         )
 
     def _try(self, student: Records, teacher: Records, targets: Targets, regions: Regions) -> None:
