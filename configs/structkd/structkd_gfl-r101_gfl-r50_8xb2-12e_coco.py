@@ -10,7 +10,8 @@ model = dict(
         config='mmdet::gfl/gfl_r101_fpn_ms-2x_coco.py',
         checkpoint=teacher_checkpoint),
     terms=dict(
-        pixel=dict(
-            tap='bbox_head.gfl_cls',
-            loss=dict(type='mmstructkd.BinaryKLLoss', loss_weight=1.0)),
+        # not the class scores: GFL's are its judgement of its own boxes, and the teacher's boxes are better
+        edges=dict(
+            tap='bbox_head.gfl_reg',
+            loss=dict(type='mmstructkd.LocalizationKLLoss', loss_weight=0.25)),
         pairwise=_base_.structkd_terms.pairwise))
