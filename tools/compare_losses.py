@@ -195,7 +195,7 @@ def run_of(name: str) -> Run:
 
 
 def write_config(run: Run, settings: Settings) -> Path:
-    """Write the config of a run into its folder.
+    """Write the config of a run beside its folder, into which the runner writes what it made of it.
 
     Args:
         run: which.
@@ -205,7 +205,7 @@ def write_config(run: Run, settings: Settings) -> Path:
         Its path.
 
     Raises:
-        SystemExit: the folder holds a run of other settings.
+        SystemExit: there is one of other settings.
     """
     total = settings.iterations
     warm = min(50, total // 4)
@@ -226,12 +226,12 @@ def write_config(run: Run, settings: Settings) -> Path:
             f'    teacher=dict(config={str(CONFIGS / TEACHER)!r}, checkpoint={str(settings.teacher.resolve())!r}),',
             f'    terms=dict(loss={run.term!r}))',
         ]
-    path = settings.work_dir / run.folder / 'config.py'
+    path = settings.work_dir / f'{run.folder}.py'
     text = '\n'.join(lines) + '\n'
     if path.is_file() and path.read_text(encoding='utf-8') != text:
         raise SystemExit(
-            f'compare_losses.py: `--work-dir` must hold runs of the same settings, got others in {path.parent}. '
-            'Name another folder, or remove this one.'
+            f'compare_losses.py: `--work-dir` must hold runs of the same settings, got others in {path}. '
+            'Name another folder, or remove that file and the folder beside it.'
         )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding='utf-8')
@@ -249,10 +249,11 @@ def train(run: Run, settings: Settings) -> bool:
         Whether it ended well.
     """
     config = write_config(run, settings)
-    folder = config.parent
+    folder = settings.work_dir / run.folder
     done = folder / 'done'
     if done.exists():
         return True
+    folder.mkdir(exist_ok=True)
     command = [sys.executable, str(ROOT / 'tools' / 'train.py'), str(config), '--work-dir', str(folder), '--resume']
     with (folder / 'stdout.log').open('a') as log:
         result = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False)

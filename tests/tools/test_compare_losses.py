@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+from pathlib import Path
 
 import pytest
 from mmengine.config import Config
@@ -30,6 +31,7 @@ def compare(tool, tmp_path, monkeypatch):
     def start(command, **_):
         folder = tmp_path / 'runs' / command[command.index('--work-dir') + 1].rsplit('/', 1)[-1]
         commands.append(command)
+        (folder / Path(command[2]).name).write_text('what the runner made of it')
         miou, seconds = RUNS.get(folder.name, (None, None))
         if miou is None:
             return subprocess.CompletedProcess(command, 1)
@@ -110,7 +112,7 @@ def test_a_loss_that_fails_is_named_and_the_rest_goes_on(compare, tmp_path, caps
 
 def test_config_of_a_run(compare, tmp_path):
     compare('--only', 'AttentionTransferLoss', '--iterations', '70', '--batch', '2', '--seed', '4')
-    cfg = Config.fromfile(tmp_path / 'runs' / 'AttentionTransferLoss' / 'config.py')
+    cfg = Config.fromfile(tmp_path / 'runs' / 'AttentionTransferLoss.py')
     assert (cfg.randomness.seed, cfg.train_dataloader.batch_size, cfg.train_cfg.max_iters) == (4, 2, 70)
     assert [(step.begin, step.end) for step in cfg.param_scheduler] == [(0, 17), (17, 70)]
     assert cfg.model.student.type == 'EncoderDecoder'
@@ -125,7 +127,7 @@ def test_config_of_a_run(compare, tmp_path):
 
 def test_runs_of_other_settings_are_not_mixed(compare):
     compare('--only', 'DistLoss')
-    with pytest.raises(SystemExit, match='must hold runs of the same settings, got others in .*student_alone'):
+    with pytest.raises(SystemExit, match='must hold runs of the same settings, got others in .*student_alone.py'):
         compare('--only', 'DistLoss', '--iterations', '9')
 
 
