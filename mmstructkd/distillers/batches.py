@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -91,7 +92,10 @@ def synthetic_batch(
     network = getattr(model, 'student', model)
     generator = torch.Generator().manual_seed(seed)
     classes = getattr(head_of(network), 'num_classes', None) or 2
-    make = _detection_sample if task_of(network) == 'det' else _segmentation_sample
+    make = _segmentation_sample
+    if task_of(network) == 'det':
+        # not for those without a mask head: some assigners take masks, of another type, wherever there are any
+        make = functools.partial(_detection_sample, with_masks=bool(getattr(network, 'with_mask', False)))
     meta = {'img_shape': size, 'ori_shape': size, 'pad_shape': size, 'scale_factor': (1.0, 1.0), 'flip': False}
     data = {
         'inputs': [
@@ -112,8 +116,10 @@ def _segmentation_sample(size: tuple[int, int], classes: int, meta: dict, genera
     return sample
 
 
-def _detection_sample(size: tuple[int, int], classes: int, meta: dict, generator: torch.Generator) -> Any:
-    """Three boxes of one image, each with the mask of its whole area."""
+def _detection_sample(
+    size: tuple[int, int], classes: int, meta: dict, generator: torch.Generator, *, with_masks: bool
+) -> Any:
+    """Three boxes of one image, each with the mask of its whole area where masks are wanted."""
     from mmdet.structures import DetDataSample
     from mmdet.structures.mask import BitmapMasks
 
@@ -125,8 +131,8 @@ def _detection_sample(size: tuple[int, int], classes: int, meta: dict, generator
     for mask, (left, top, right, bottom) in zip(masks, boxes.round().int().tolist(), strict=True):
         mask[top:bottom, left:right] = 1
     sample = DetDataSample(metainfo=meta)
-    sample.gt_instances = InstanceData(
-        bboxes=boxes, labels=torch.randint(0, classes, (3,), generator=generator), masks=BitmapMasks(masks, *size)
-    )
+    sample.gt_instances = InstanceData(bboxes=boxes, labels=torch.randint(0, classes, (3,), generator=generator))
+    if with_masks:
+        sample.gt_instances.masks = BitmapMasks(masks, *size)
     sample.ignored_instances = InstanceData(bboxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.int64))
     return sample

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -456,7 +457,9 @@ class Term(nn.Module):
         if not self.joint:
             self.pairs(student, teacher)  # an equal number of both
         for loss, pair in zip(self.losses, self._comparable(*self.tensors(student, teacher)), strict=True):
-            value = loss(*pair, targets)
+            # a region has one label, which does not spread over a map of it
+            spread = self.on_regions and pair[0].dim() == 4
+            value = loss(*pair, dataclasses.replace(targets, labels=None) if spread else targets)
             for part, number in (value if isinstance(value, dict) else {'': value}).items():
                 parts.setdefault(part, []).append(number)
         out = {}

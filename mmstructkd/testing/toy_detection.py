@@ -11,8 +11,8 @@ from mmstructkd.datasets.scenes import OBJECT_CLASSES
 
 __all__ = ['TOY_DETECTORS', 'toy_detector']
 
-#: One-stage without and with anchors, with box distributions, and two-stage.
-TOY_DETECTORS = ('fcos', 'retinanet', 'gfl', 'faster_rcnn')
+#: One-stage without and with anchors, with box distributions, and two-stage without and with masks.
+TOY_DETECTORS = ('fcos', 'retinanet', 'gfl', 'faster_rcnn', 'mask_rcnn')
 
 NORM = dict(type='BN', requires_grad=True)
 STRIDES = [8, 16, 32, 64, 128]
@@ -102,6 +102,25 @@ def _two_stage(width: int, num_classes: int) -> dict[str, Any]:
     )
 
 
+def _with_masks(model: dict[str, Any], channels: int, num_classes: int) -> dict[str, Any]:
+    """A Mask R-CNN of a Faster R-CNN."""
+    extractor = model['roi_head']['bbox_roi_extractor']
+    model['roi_head'].update(
+        mask_roi_extractor=dict(extractor, roi_layer=dict(extractor['roi_layer'])),
+        mask_head=dict(
+            type='FCNMaskHead',
+            num_convs=1,
+            in_channels=channels,
+            conv_out_channels=channels,
+            num_classes=num_classes,
+            loss_mask=dict(type='CrossEntropyLoss', use_mask=True),
+        ),
+    )
+    model['train_cfg']['rcnn']['mask_size'] = 8
+    model['test_cfg']['rcnn']['mask_thr_binary'] = 0.5
+    return dict(model, type='MaskRCNN')
+
+
 def toy_detector(
     kind: str = 'fcos', width: int = 4, num_classes: int = len(OBJECT_CLASSES), **changes: Any
 ) -> ConfigDict:
@@ -145,6 +164,9 @@ def toy_detector(
             num_outs=5,
         ),
     )
-    model.update(_two_stage(width, num_classes) if kind == 'faster_rcnn' else _one_stage(kind, width, num_classes))
+    two_stage = kind in ('faster_rcnn', 'mask_rcnn')
+    model.update(_two_stage(width, num_classes) if two_stage else _one_stage(kind, width, num_classes))
+    if kind == 'mask_rcnn':
+        model = _with_masks(model, 4 * width, num_classes)
     model.update(copy.deepcopy(changes))
     return ConfigDict(copy.deepcopy(model))

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from mmengine.config import ConfigDict
+from mmengine.config import Config, ConfigDict
 from mmengine.structures import InstanceData
 from torch import nn
 
@@ -135,6 +135,48 @@ def test_both_pool_the_regions_of_the_student() -> None:
     by_hand = (log_t.exp() * (log_t - log_s)).sum(1).mean()
     got = model.terms['region'](found.student, found.teacher, found.targets, found.regions)['loss_kd_region']
     torch.testing.assert_close(got, by_hand)
+
+
+def test_masks_are_scored_on_the_regions_of_the_student() -> None:
+    masks = dict(mask=dict(tap='roi_head.mask_head.conv_logits', loss=dict(type='mmstructkd.BinaryKLLoss')))
+    model = build(toy_detector('mask_rcnn', 2), toy_detector('mask_rcnn', 4), dict(masks, **REGIONS))
+    losses = step(model)
+    assert losses['loss_kd_mask'] > 0
+    assert losses['loss_kd_region'] > 0
+    batch = synthetic_batch(model, (64, 96), 2)
+    _, found = model.observe(batch['inputs'], batch['data_samples'], list(model.terms.values()))
+    (student,), (teacher,) = model.terms['mask'].tensors(found.student, found.teacher)
+    assert student.shape == teacher.shape
+    assert len(student) == len(found.regions.masks[0]) < len(found.regions.boxes[0])
+    # the mask branch alone pools the regions of masks alone
+    only = build(toy_detector('mask_rcnn', 2), toy_detector('mask_rcnn', 4), masks)
+    pooled = []
+    only.teacher.network.roi_head.bbox_roi_extractor.register_forward_pre_hook(lambda *args: pooled.append(1))
+    assert step(only)['loss_kd_mask'] > 0
+    assert not pooled
+
+
+def test_rtmdet_of_mmdet() -> None:
+    """As mmdet ships it: other backbone, a neck of three levels, a head with its own layers for each level."""
+    student, teacher = (
+        Config.fromfile(Config._get_cfg_path(f'mmdet::rtmdet/rtmdet_{size}_8xb32-300e_coco.py', '')[0]).model
+        for size in ('tiny', 's')
+    )
+    for model in (student, teacher):
+        model._scope_ = 'mmdet'
+        model.backbone.pop('init_cfg', None)
+    student.data_preprocessor.pop('batch_augments')
+    for model in (student, teacher):
+        model.backbone.norm_cfg = model.neck.norm_cfg = model.bbox_head.norm_cfg = dict(type='BN')
+    terms = dict(
+        NECK,
+        scores=dict(tap=[f'bbox_head.rtm_cls.{i}' for i in range(3)], loss=dict(type='mmstructkd.BinaryKLLoss')),
+    )
+    model = build(student, teacher, terms)
+    losses = step(model)
+    assert losses['loss_kd_pairwise'] > 0
+    assert losses['loss_kd_scores'] > 0
+    assert len(model.terms['scores'].levels) == 3
 
 
 def test_a_region_term_needs_two_stages_on_both_sides() -> None:
