@@ -37,14 +37,13 @@ ABOUT = {
     r'\.$|\bfor (the|its|their) (formula|parts)\b',
     'cost': r'\bO\(|\b[Tt]ime and memory\b|\bCosts? [a-z]',
     'invariance': r'\b(does|do) not change\b|\binvarian',
-    'tap': r'^Taps? |^For a tap\b|^Needs ',
-    'weight': r'\bweights?\b[^.]*\d|\d[^.]*\bweights?\b|\b([Dd]efault|[Pp]ublished) weight|\bloss_weight\b'
+    'tap': r'^Taps? |^Needs |^For [a-z ]+: tap ',
+    'weight': r'\bweights?\b[^.]*\d|\d[^.]*\bweights?\b|(?i:\b(default|published) weight)|\bloss_weight\b'
     r'|\bweight of\b',
-    'difference': r'\b[Dd]iffers? from|\bDiffers\b|\b[Dd]eparts\b|\bauthors\b|\b[Rr]eleased code\b|\b[Oo]fficial\b'
-    r'|\b([Tt]hat|[Tt]heir|[Tt]his|[Ww]hose|[Ii]ts) code\b|\b[Pp]aper\b|\bre-implement|\b[Pp]ublish'
-    r"|^``'(code|paper|released_code)'``",
+    'difference': r'(?i:\bdiffers\b|\bdeparts\b|\bauthors\b|\breleased code\b|\bofficial\b|\bpaper\b|\bpublish'
+    r"|\b(that|their|this|whose|its) code\b|\bre-implement)|^``'(code|paper|released_code)'``",
 }
-FOLLOWS = re.compile(r'^(It|Its|That|This|These|Those|They|Both|Here|There|Then)\b')
+FOLLOWS = re.compile(r'^(It|Its|That|This|These|Those|They|Both|Here|There|Then)\b|^``\w+=')
 
 
 @dataclass
@@ -75,17 +74,18 @@ def split_sentences(text: str) -> list[str]:
     return [s.strip() for s in END.split(' '.join(text.split())) if s.strip()]
 
 
-def subject(sentence: str, before: str = 'text') -> str:
+def subject(sentence: str, before: str = 'text', about: Mapping[str, str] = ABOUT) -> str:
     """Say what a sentence is about.
 
     Args:
         sentence: the sentence.
         before: what the one before it in the paragraph is about.
+        about: what it may be about.
 
     Returns:
-        A key of ``ABOUT``, or ``'text'``.
+        A key of ``about``, or ``'text'``.
     """
-    found = next((name for name, words in ABOUT.items() if re.search(words, sentence)), 'text')
+    found = next((name for name, words in about.items() if re.search(words, sentence)), 'text')
     # "It has no margin." belongs to the sentence that says who has none.
     if found == 'text' and before in ('difference', 'weight') and FOLLOWS.match(sentence):
         return before
@@ -102,11 +102,12 @@ def read_table(block: str) -> list[list[str]]:
     return [[line[a:b].strip() for a, b in zip(starts, ends, strict=True)] for line in rows]
 
 
-def read(docstring: str | None) -> Notes:
+def read(docstring: str | None, about: Mapping[str, str] = ABOUT) -> Notes:
     """Sort a docstring of the style of this project.
 
     Args:
         docstring: the text; ``None``: nothing.
+        about: what a sentence may be about.
 
     Returns:
         Its parts.
@@ -143,10 +144,10 @@ def read(docstring: str | None) -> Notes:
                 notes.summary, *sentences = sentences
             elif sentences[-1].endswith(','):
                 lead = sentences.pop()
-            about = 'text'
+            topic = 'text'
             for sentence in sentences:
-                about = subject(sentence, about)
-                notes.sentences.setdefault(about, []).append(sentence)
+                topic = subject(sentence, topic, about)
+                notes.sentences.setdefault(topic, []).append(sentence)
     for sentence in split_sentences(notes.sections.get('Returns', '').replace(':', ': ')):
         if subject(sentence) == 'cost':
             notes.sentences.setdefault('cost', []).append(sentence)
@@ -187,7 +188,9 @@ def functions_of(kind: type, notes: Notes) -> dict[str, Notes]:
     """The functions that a loss calls: that of its own stem, and those its docstring names."""
     names = [kind.__module__.rpartition('.')[2] + '_loss', *notes.functions]
     found = {name: getattr(functional, name, None) for name in dict.fromkeys(names)}
-    return {name: read(inspect.getdoc(f)) for name, f in found.items() if inspect.isfunction(f)}
+    # Only a loss has a weight of its own; what a function says of weights is about its formula or its source.
+    about = {name: words for name, words in ABOUT.items() if name != 'weight'}
+    return {name: read(inspect.getdoc(f), about) for name, f in found.items() if inspect.isfunction(f)}
 
 
 def default_weight(kind: type[DistillLoss]) -> float | None:

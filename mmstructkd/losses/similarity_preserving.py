@@ -36,7 +36,8 @@ class SimilarityPreservingLoss(NodeLoss):
     ``'code'`` is RepDistiller's, verified by the author, for batches of 64
     images of a classifier. With the few images that a process has in dense
     tasks there is little to learn from whole images: ``nodes='cells'`` compares
-    the cells of each image (a port of ours; the weight is to be tuned).
+    the cells of each image (a port of ours). The default weight of 1 is ours as
+    well, and to be tuned.
 
     Args:
         loss_weight: factor of the loss, finite and at least 0.
