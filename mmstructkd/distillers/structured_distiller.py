@@ -170,7 +170,7 @@ class StructuredDistiller(BaseModel):
         self._clone = capture.changed_in_place()
         observed = self._teacher.probe(inputs, samples, teacher_taps)
         classes = (_num_classes(self.student), _num_classes(teacher_network))
-        known = probe_targets(task_of(self.student), 1, classes[0])
+        known = probe_targets(task_of(self.student), 1, classes[0], PROBE_SIZE)
         for term in self.terms.values():
             term.bind(capture.records, observed.records, classes, known, regions, teacher_network)
             for level in term.levels:

@@ -133,18 +133,18 @@ def probe_samples(images: int, size: tuple[int, int]) -> list[BaseDataElement]:
     return [BaseDataElement(metainfo=meta) for _ in range(images)]
 
 
-def probe_targets(task: str, images: int, num_classes: int | None) -> Targets:
+def probe_targets(task: str, images: int, num_classes: int | None, size: tuple[int, int]) -> Targets:
     """What the batches of a task know, to try a loss with: a loss that needs more fails here.
 
     Args:
         task: of :func:`task_of`.
         images: number of images.
         num_classes: of the student.
+        size: (H, W) of the input.
 
     Returns:
-        Targets of a 32 x 32 input.
+        Targets of such an input.
     """
-    size = (32, 32)
     known = Targets(
         valid=torch.ones(images, *size, dtype=torch.bool),
         num_classes=num_classes,

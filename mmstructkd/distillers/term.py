@@ -297,7 +297,7 @@ class Term(nn.Module):
         self.attach(network)
         self.connectors.eval()  # one small image makes no batch statistics, and draws count from the first step
         with torch.no_grad(), self._named_errors(*pairs[0], classes):
-            made = self._comparable(*self.tensors(student, teacher))
+            made = self._comparable(*self.tensors(student, teacher), targets.input_size)
         self.connectors.train()
         self.losses = nn.ModuleList([self.loss] + [self._build_loss() for _ in made[1:]])
         for loss, (made_s, made_t), pair in zip(self.losses, made, (pairs * len(made))[: len(made)], strict=True):
@@ -377,8 +377,10 @@ class Term(nn.Module):
         self.log_keys = tuple(scored)
 
     def _connector_class(self) -> type | None:
-        """Class of the configured connector; ``None`` where it is automatic or a chain."""
+        """Class of the configured connector; ``None`` where it is automatic."""
         config = self.connector_config
+        if isinstance(config, (list, tuple)):
+            return MODELS.get('mmstructkd.SequentialConnector')
         kind = config.get('type') if isinstance(config, Mapping) else None
         return MODELS.get(kind) if isinstance(kind, str) else kind
 
@@ -412,8 +414,13 @@ class Term(nn.Module):
         except (TypeError, KeyError, ValueError) as err:
             raise ConfigError(f'term {self.name!r}: `connector` cannot be built. {err}') from err
 
-    def _comparable(self, students: list[Tensor], teachers: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    def _comparable(
+        self, students: list[Tensor], teachers: list[Tensor], input_size: tuple[int, int] | None
+    ) -> list[tuple[Tensor, Tensor]]:
         """Bring the tensors of each level to equal width and size."""
+        for connector in self.connectors:
+            if getattr(connector, 'needs_input_size', False):
+                connector.input_size = input_size
         if self.joint:
             students, teachers = self.connectors[0](students, teachers)
         else:
@@ -456,7 +463,9 @@ class Term(nn.Module):
         parts: dict[str, list[Tensor]] = {}
         if not self.joint:
             self.pairs(student, teacher)  # an equal number of both
-        for loss, pair in zip(self.losses, self._comparable(*self.tensors(student, teacher)), strict=True):
+        for loss, pair in zip(
+            self.losses, self._comparable(*self.tensors(student, teacher), targets.input_size), strict=True
+        ):
             # a region has one label, which does not spread over a map of it
             spread = self.on_regions and pair[0].dim() == 4
             value = loss(*pair, dataclasses.replace(targets, labels=None) if spread else targets)
