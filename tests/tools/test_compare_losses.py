@@ -11,6 +11,7 @@ from mmengine.config import Config
 from mmengine.registry import init_default_scope
 
 from mmstructkd import compat
+from mmstructkd.distillers.batches import synthetic_batch
 from mmstructkd.registry import MODELS
 
 RUNS = {'student_alone': (20.0, 0.5), 'ChannelwiseKLLoss': (27.5, 0.75), 'DistLoss': (19.0, 0.6)}
@@ -54,8 +55,8 @@ def test_every_loss_for_segmentation_is_shipped(tool):
     assert tool.losses() == sorted(tool.SHIPPED)
 
 
-def test_every_term_resolves_on_this_pair(tool):
-    """All of them in one distiller: the probe tries each."""
+def test_every_term_trains_on_this_pair(tool):
+    """All of them in one distiller, for one backward pass on noise."""
     init_default_scope('mmseg')
     cfg = Config.fromfile(tool.CONFIGS / tool.STUDENT)
     runs = [tool.run_of(name) for name in tool.losses()]
@@ -71,6 +72,14 @@ def test_every_term_resolves_on_this_pair(tool):
         term = model.terms[run.name]
         assert type(term.loss).__name__ == run.name
         assert term.loss.loss_weight == run.weight > 0
+    model.train()
+    found = model(**synthetic_batch(model, (60, 80)), mode='loss')
+    for run in runs:
+        assert found[f'loss_kd_{run.name}'].isfinite(), run.name
+        assert found[f'loss_kd_{run.name}'].requires_grad, run.name
+    model.parse_losses(found)[0].backward()
+    assert all(p.grad.isfinite().all() for p in model.student.parameters() if p.grad is not None)
+    assert model.student.decode_head.conv_seg.weight.grad is not None
 
 
 def test_table_is_sorted_and_relative_to_the_student_alone(compare, tmp_path, capsys):
