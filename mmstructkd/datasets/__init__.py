@@ -7,10 +7,19 @@ Each half is there if the package it builds on is: without mmdet there is no
 from importlib.util import find_spec
 
 from mmstructkd.datasets.depth_transforms import BottomCrop, DepthWindow
+from mmstructkd.datasets.finite_augmentation import FiniteAugmentation
 from mmstructkd.datasets.scenes import Scene, render_scene
 from mmstructkd.datasets.transforms import LoadScene, LoadSceneAnnotations
 
-__all__ = ['BottomCrop', 'DepthWindow', 'LoadScene', 'LoadSceneAnnotations', 'Scene', 'render_scene']
+__all__ = [
+    'BottomCrop',
+    'DepthWindow',
+    'FiniteAugmentation',
+    'LoadScene',
+    'LoadSceneAnnotations',
+    'Scene',
+    'render_scene',
+]
 
 if find_spec('mmseg') is not None:
     from mmstructkd.datasets.camvid import CamVidDataset

@@ -118,6 +118,20 @@ class Execution:
             return torch.autocast(device.type, enabled=False)
         return torch.autocast(device.type, dtype=self.low)
 
+    def precision(self, device: torch.device) -> str:
+        """Name of the dtype that convolutions run in there, now.
+
+        Args:
+            device: of the images.
+
+        Returns:
+            As torch writes it.
+        """
+        if self.dtype is not None:
+            return str(DTYPES[self.dtype])
+        on = torch.is_autocast_enabled(device.type)
+        return str(torch.get_autocast_dtype(device.type) if on else torch.float32)
+
     def run(
         self,
         network: nn.Module,

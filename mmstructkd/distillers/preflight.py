@@ -233,6 +233,8 @@ def build_distiller(cfg: Config, *, random_init: bool = False) -> StructuredDist
     distiller.init_weights()
     if cfg.get('load_from') and not random_init:
         _load_from(distiller, cfg.load_from)
+    if getattr(distiller.teacher, 'cache', None) is not None:
+        distiller.teacher.cache = None  # nothing is written here, and what the teacher costs is asked
     return distiller.train()
 
 

@@ -342,7 +342,7 @@ class StructuredDistiller(BaseModel):
                 'are set anew each step and end the teacher early, which torch.compile of train_step cannot trace.'
             )
         present = {type(hook).__name__ for hook in runner.hooks}
-        for name in RUNNER_HOOKS:
+        for name in (*RUNNER_HOOKS, *self._teacher.hooks):
             if name not in present:
                 runner.register_hook(HOOKS.build({'type': f'mmstructkd.{name}'}))
         settings = runner.optim_wrapper

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from mmstructkd.distillers.execution import Execution
 from mmstructkd.distillers.folding import fold_batch_norm
-from mmstructkd.distillers.loading import build_network, load_weights
+from mmstructkd.distillers.loading import build_network, load_weights, model_config
 from mmstructkd.distillers.normalization import InputConversion
+from mmstructkd.distillers.teacher_cache import TeacherCache, hash_of, preprocessing, weights_hash
 from mmstructkd.errors import ConfigError, TapError
 from mmstructkd.registry import MODELS
-from mmstructkd.taps import Capture, Regions, Tap, probe_regions, tapped_forward
+from mmstructkd.taps import Capture, Regions, Tap, in_region_head, probe_regions, tapped_forward
 
 __all__ = ['FrozenTeacher', 'TeacherSource']
 
@@ -29,6 +30,9 @@ class TeacherSource(ABC):
     distiller that holds one does not own what is inside: it is in no
     ``parameters()``, ``state_dict()``, EMA copy or DDP bucket.
     """
+
+    #: Hooks that it needs in a run, by name.
+    hooks: tuple[str, ...] = ()
 
     @abstractmethod
     def attach(self, student: nn.Module) -> None:
@@ -99,6 +103,9 @@ class FrozenTeacher(TeacherSource):
             first step of each size takes as long as compiling does.
         every: ask the teacher at every k-th iteration only, with all terms
             weighted k times then and silent in between.
+        cache: keep its outputs on disk, for pipelines that repeat: arguments of
+            a :class:`~mmstructkd.distillers.teacher_cache.TeacherCache`
+            (``folder``, ...).
 
     Raises:
         ConfigError: no config or no checkpoint, or an option out of range.
@@ -118,6 +125,7 @@ class FrozenTeacher(TeacherSource):
         dtype: str | None = None,
         compile: bool = False,
         every: int = 1,
+        cache: Mapping[str, Any] | None = None,
     ) -> None:
         if not isinstance(fuse_conv_bn, bool):
             raise ConfigError(f'FrozenTeacher: `fuse_conv_bn` must be True or False, got {fuse_conv_bn!r}.')
@@ -144,6 +152,15 @@ class FrozenTeacher(TeacherSource):
                 allow_random=allow_random,
                 trust_checkpoint=trust_checkpoint,
             )
+        self.cache: TeacherCache | None = None
+        self._made_of = ''
+        self._identity = ''
+        if cache is not None:
+            self.cache = TeacherCache.from_config(cache)
+            self.hooks = ('TeacherCacheHook',)
+            options = [fuse_conv_bn, channels_last, dtype, compile]
+            self._made_of = hash_of([str(model_config(config, 'FrozenTeacher')), weights_hash(network), options])
+            self._identity = self._made_of
         self.network = network.requires_grad_(False).eval()
         if channels_last:
             self.network.to(memory_format=torch.channels_last)
@@ -165,8 +182,15 @@ class FrozenTeacher(TeacherSource):
 
         Args:
             student: the student, with its data preprocessor.
+
+        Raises:
+            ConfigError: the outputs are to be cached, and the student's
+                preprocessor changes batches at random.
         """
         self._convert = InputConversion(student.data_preprocessor, self.network.data_preprocessor)
+        if self.cache is not None:
+            of_student = preprocessing(student.data_preprocessor, 'FrozenTeacher: `cache`')
+            self._identity = hash_of([self._made_of, of_student, preprocessing(self.network.data_preprocessor)])
 
     def _converted(self, inputs: Tensor, data_samples: Sequence[Any] | None) -> Tensor:
         """A batch of the student in the teacher's normalisation."""
@@ -197,6 +221,14 @@ class FrozenTeacher(TeacherSource):
         capture = forward(inputs)
         self._clone = capture.changed_in_place()
         self._calls = capture.passes
+        if self.cache is not None:
+            inside = [str(tap) for tap in taps if in_region_head(tap)]
+            if inside:
+                raise ConfigError(
+                    f'FrozenTeacher: `cache` must be left out where a RoI head is tapped, got {inside[0]!r}: what it '
+                    'shows depends on the regions that the student chooses in each step.'
+                )
+            self.cache.check_probe(capture.records)
         return capture
 
     def _fold(self, forward: Callable[[], dict[Tap, list[Tensor]]], taps: Iterable[Tap]) -> None:
@@ -242,11 +274,19 @@ class FrozenTeacher(TeacherSource):
         Returns:
             For each tap its tensors in the order of the calls, without graph.
         """
-        with torch.no_grad():
-            inputs = self._converted(inputs, data_samples)
-        return self._execution.run(
-            self.network, inputs, data_samples, taps, calls=self._calls, clone=self._clone, regions=regions
-        )
+        taps = tuple(dict.fromkeys(taps))
+
+        def run(images: Tensor, samples: Sequence[Any] | None) -> dict[Tap, list[Tensor]]:
+            with torch.no_grad():
+                images = self._converted(images, samples)
+            return self._execution.run(
+                self.network, images, samples, taps, calls=self._calls, clone=self._clone, regions=regions
+            )
+
+        if self.cache is None:
+            return run(inputs, data_samples)
+        identity = hash_of([self._identity, self._execution.precision(inputs.device)])
+        return self.cache.serve(identity, inputs, data_samples, taps, run, whole=self._execution.compiled)
 
     def move(self, function: Callable[[Tensor], Tensor]) -> None:
         """Move or cast the network, a copy of its own where it is shared.

@@ -2,6 +2,7 @@
 
 from mmstructkd.hooks.finite_loss import FiniteLossHook
 from mmstructkd.hooks.student_checkpoint import StudentCheckpointHook
+from mmstructkd.hooks.teacher_cache import TeacherCacheHook
 from mmstructkd.hooks.term_schedule import TermScheduleHook
 
-__all__ = ['FiniteLossHook', 'StudentCheckpointHook', 'TermScheduleHook']
+__all__ = ['FiniteLossHook', 'StudentCheckpointHook', 'TeacherCacheHook', 'TermScheduleHook']
