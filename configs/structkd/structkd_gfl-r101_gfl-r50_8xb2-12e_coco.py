@@ -12,6 +12,7 @@ model = dict(
     terms=dict(
         # not the class scores: GFL's are its judgement of its own boxes, and the teacher's boxes are better
         edges=dict(
-            tap='bbox_head.gfl_reg',
+            # behind the factor that the head learns for each level
+            tap=[f'bbox_head.scales.{level}' for level in range(5)],
             loss=dict(type='mmstructkd.LocalizationKLLoss', loss_weight=0.25)),
         pairwise=_base_.structkd_terms.pairwise))
