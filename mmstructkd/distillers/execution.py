@@ -83,7 +83,8 @@ class Execution:
             ``'fp32'``: no autocast, whatever the student runs in. ``None``: as
             the student.
         channels_last: feed images in that memory format; the network's weights
-            must have it as well.
+            must have it as well. ``None``: where ``dtype`` is of half the width,
+            whose kernels are written for it.
         compiled: compile what leads to the taps, for each size of input anew.
             Where that fails, warn and go on without.
 
@@ -91,13 +92,14 @@ class Execution:
         ConfigError: an unknown ``dtype``, or a flag that is none.
     """
 
-    def __init__(self, *, dtype: str | None = None, channels_last: bool = False, compiled: bool = False) -> None:
+    def __init__(self, *, dtype: str | None = None, channels_last: bool | None = None, compiled: bool = False) -> None:
         if dtype is not None:
             check_one_of('FrozenTeacher', 'dtype', dtype, tuple(DTYPES))
         for name, flag in (('channels_last', channels_last), ('compile', compiled)):
-            if not isinstance(flag, bool):
+            if not (isinstance(flag, bool) or (flag is None and name == 'channels_last')):
                 raise ConfigError(f'FrozenTeacher: `{name}` must be True or False, got {flag!r}.')
-        self.dtype, self.channels_last, self.compiled = dtype, channels_last, compiled
+        self.dtype, self.compiled = dtype, compiled
+        self.channels_last = self.low is not None if channels_last is None else channels_last
         self._cast: nn.Module | None = None
         self._programs: dict[tuple[Tap, ...], Any] = {}
 

@@ -20,6 +20,7 @@ from mmstructkd.distillers.targets import collect_targets, head_of, probe_sample
 from mmstructkd.distillers.teacher import TeacherSource
 from mmstructkd.distillers.term import Term, parse_terms
 from mmstructkd.errors import CheckpointError, ConfigError
+from mmstructkd.functional.sharing import sharing
 from mmstructkd.registry import HOOKS, MODELS
 from mmstructkd.structures import Targets
 from mmstructkd.taps import Capture, RegionRecorder, Regions, Tap, probe_regions, tapped_forward
@@ -236,17 +237,36 @@ class StructuredDistiller(BaseModel):
         """
         if mode != 'loss':
             return self.student(inputs, data_samples, mode=mode)
-        active = [term for term in self.terms.values() if term.active]
-        losses, seen = self.observe(inputs, data_samples, active)
-        for term in self.terms.values():
-            scored = term(seen.student, seen.teacher, seen.targets, seen.regions)
+        losses, seen = self.observe(inputs, data_samples, self._active)
+        for name, scored in self.score(seen).items():
             clash = sorted(set(scored) & set(losses))
             if clash:
                 raise ConfigError(
-                    f'term {term.name!r}: its log keys must not be keys of the student, got {clash}. Rename the term.'
+                    f'term {name!r}: its log keys must not be keys of the student, got {clash}. Rename the term.'
                 )
             losses.update(scored)
         return losses
+
+    @property
+    def _active(self) -> list[Term]:
+        """The terms that count at this point of the training."""
+        return [term for term in self.terms.values() if term.active]
+
+    def score(self, seen: Observation) -> dict[str, dict[str, Tensor]]:
+        """Compute the losses of all terms.
+
+        Args:
+            seen: what :meth:`observe` returned.
+
+        Returns:
+            By term its losses, by the key under which they are logged.
+        """
+        asked = [tap for term in self._active for tap in term.teacher_taps]
+        # Terms of one tap share its softmax; for others it would only be kept longer.
+        with sharing() if len(set(asked)) < len(asked) else contextlib.nullcontext():
+            return {
+                name: term(seen.student, seen.teacher, seen.targets, seen.regions) for name, term in self.terms.items()
+            }
 
     def observe(
         self, inputs: Tensor, data_samples: Sequence[Any] | None, terms: Sequence[Term]

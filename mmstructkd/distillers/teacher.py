@@ -94,7 +94,8 @@ class FrozenTeacher(TeacherSource):
         fuse_conv_bn: fold BatchNorm into the convolutions before it; see
             :func:`~mmstructkd.distillers.folding.fold_batch_norm`. Pairs that a
             tap names are left as they are.
-        channels_last: run in that memory format.
+        channels_last: run in that memory format; ``None``: if ``dtype`` is of half
+            the width, whose kernels are written for it.
         dtype: ``'bf16'`` or ``'fp16'``: the teacher's own autocast, on any
             device; ``'fp32'``: full precision although the student runs under
             AMP; ``None``: as the student.
@@ -121,7 +122,7 @@ class FrozenTeacher(TeacherSource):
         trust_checkpoint: bool = False,
         *,
         fuse_conv_bn: bool = False,
-        channels_last: bool = False,
+        channels_last: bool | None = None,
         dtype: str | None = None,
         compile: bool = False,
         every: int = 1,
@@ -158,11 +159,11 @@ class FrozenTeacher(TeacherSource):
         if cache is not None:
             self.cache = TeacherCache.from_config(cache)
             self.hooks = ('TeacherCacheHook',)
-            options = [fuse_conv_bn, channels_last, dtype, compile]
+            options = [fuse_conv_bn, self._execution.channels_last, dtype, compile]
             self._made_of = hash_of([str(model_config(config, 'FrozenTeacher')), weights_hash(network), options])
             self._identity = self._made_of
         self.network = network.requires_grad_(False).eval()
-        if channels_last:
+        if self._execution.channels_last:
             self.network.to(memory_format=torch.channels_last)
         self._folded: dict[str, str] | None = None
         self._shared = False

@@ -17,6 +17,7 @@ from mmstructkd.distillers.schedule import WeightSchedule
 from mmstructkd.distillers.targets import region_targets
 from mmstructkd.errors import ConfigError, ShapeError, TapError, check_finite_number, check_one_of, suggest
 from mmstructkd.functional.resize import resize_map
+from mmstructkd.functional.sharing import once
 from mmstructkd.losses.base import DistillLoss
 from mmstructkd.registry import MODELS
 from mmstructkd.structures import Targets
@@ -429,7 +430,7 @@ class Term(nn.Module):
         for student, teacher in zip(students, teachers, strict=True):
             maps = student.dim() == teacher.dim() == 4
             if self.loss.needs_equal_size and maps and student.shape[2:] != teacher.shape[2:]:
-                teacher = resize_map(teacher, tuple(student.shape[2:]))
+                teacher = once(resize_map, teacher, tuple(student.shape[2:]))
             pairs.append((student, teacher))
         return pairs
 

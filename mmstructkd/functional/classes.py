@@ -13,7 +13,8 @@ from mmstructkd.errors import ConfigError, ShapeError, check_ndim, check_one_of,
 from mmstructkd.functional.nodes import pool_nodes
 from mmstructkd.functional.precision import exact_matmul, full_precision
 from mmstructkd.functional.reduce import masked_mean, valid_pixels
-from mmstructkd.functional.softening import check_temperature
+from mmstructkd.functional.sharing import once
+from mmstructkd.functional.softening import check_temperature, log_of_positions
 
 __all__ = ['category_similarity_loss', 'interclass_kl_matrix', 'interclass_similarity_loss', 'present_classes']
 
@@ -30,13 +31,7 @@ def _distributions(
     scores: Tensor, temperature: float | Tensor, counts: Tensor | None, dim: int
 ) -> tuple[Tensor, Tensor]:
     """Probabilities along ``dim`` and their logarithms; both 0 where nothing counts."""
-    if counts is not None and isinstance(temperature, Tensor):
-        # What stands at an ignored position must not reach the temperature's gradient.
-        scores = torch.where(counts, scores, 0)
-    scaled = scores / temperature
-    if counts is not None:
-        scaled = torch.where(counts, scaled, torch.finfo(scaled.dtype).min)
-    log = torch.log_softmax(scaled, dim=dim).clamp(min=_LOWEST)
+    log = once(log_of_positions, scores, temperature, counts, dim).clamp(min=_LOWEST)
     probability = log.exp()
     if counts is None:
         return probability, log

@@ -11,7 +11,14 @@ from torch import Tensor
 from mmstructkd.errors import check_ndim, check_same
 from mmstructkd.functional.precision import full_precision
 from mmstructkd.functional.reduce import masked_mean, valid_pixels
-from mmstructkd.functional.softening import check_temperature, kl_along
+from mmstructkd.functional.sharing import once
+from mmstructkd.functional.softening import (
+    check_temperature,
+    kl_along,
+    log_of_classes,
+    log_of_positions,
+    teacher_log_of_classes,
+)
 
 __all__ = ['channelwise_kl_loss', 'pixelwise_kl_loss']
 
@@ -77,13 +84,11 @@ def pixelwise_kl_loss(
     axes = range(4) if student.dim() == 4 else range(2)
     check_same(owner, student, teacher, axes, 'B, C, H and W' if student.dim() == 4 else 'M and C', _WAY_OUT)
     counts = valid_pixels(owner, student, labels=labels, ignore_index=ignore_index, valid=valid)
-    teacher = teacher.detach()
     if counts is not None:
         # Before the softmax, so that whatever stands at an ignored pixel, NaN included, goes nowhere.
         student = torch.where(counts.unsqueeze(1), student, 0)
-        teacher = torch.where(counts.unsqueeze(1), teacher, 0)
-    log_s = torch.log_softmax(student / temperature, dim=1)
-    log_t = torch.log_softmax(teacher / temperature, dim=1)
+    log_s = log_of_classes(student, temperature)
+    log_t = teacher_log_of_classes(teacher, temperature, counts)
     return temperature**2 * masked_mean(kl_along(log_s, log_t, dim=1), counts)
 
 
@@ -138,21 +143,10 @@ def channelwise_kl_loss(
     check_ndim(owner, 'teacher', teacher, 4, '(B, C, H, W)')
     check_same(owner, student, teacher, (0, 1, 2, 3), 'B, C, H and W', _WAY_OUT)
     counts = valid_pixels(owner, student, valid=valid)
-    if counts is not None and isinstance(temperature, Tensor):
-        # What stands at an ignored position must not reach the temperature's gradient either.
-        student = torch.where(counts[:, None], student, 0)
-        teacher = torch.where(counts[:, None], teacher, 0)
-    scaled_s = student.flatten(2) / temperature
-    scaled_t = teacher.detach().flatten(2) / temperature
     some = None
     if counts is not None:
         counts = counts.flatten(1)[:, None]
-        # The lowest finite number, not minus infinity: an image without any position that counts must
-        # stay free of NaN, also in its gradient. It does not count below.
-        lowest = torch.finfo(scaled_s.dtype).min
-        scaled_s = torch.where(counts, scaled_s, lowest)
-        scaled_t = torch.where(counts, scaled_t, torch.finfo(scaled_t.dtype).min)
         some = counts.any(dim=-1)
-    log_s = torch.log_softmax(scaled_s, dim=-1)
-    log_t = torch.log_softmax(scaled_t, dim=-1)
+    log_s = log_of_positions(student.flatten(2), temperature, counts)
+    log_t = once(log_of_positions, teacher.detach().flatten(2), temperature, counts, -1)
     return temperature**2 * masked_mean(kl_along(log_s, log_t, dim=-1), some)

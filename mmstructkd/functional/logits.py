@@ -16,7 +16,13 @@ from mmstructkd.errors import ConfigError, ShapeError, check_finite_number, chec
 from mmstructkd.functional.precision import full_precision
 from mmstructkd.functional.reduce import masked_mean, mean_of_sum, valid_pixels
 from mmstructkd.functional.resize import resize_labels
-from mmstructkd.functional.softening import LOWEST, check_temperature, kl_along
+from mmstructkd.functional.softening import (
+    LOWEST,
+    check_temperature,
+    kl_along,
+    log_of_classes,
+    teacher_log_of_classes,
+)
 
 __all__ = [
     'decoupled_kl_loss',
@@ -166,9 +172,9 @@ def dist_loss(
     check_finite_number(owner, 'intra_weight', intra_weight, minimum=0)
     _check_scores(owner, student, teacher)
     counts = valid_pixels(owner, student, labels=labels, ignore_index=ignore_index, valid=valid)
-    student, teacher = _only(counts, student, teacher.detach())
-    log_s = torch.log_softmax(student / temperature, dim=1).clamp(min=LOWEST)
-    log_t = torch.log_softmax(teacher / temperature, dim=1).clamp(min=LOWEST)
+    (student,) = _only(counts, student)
+    log_s = log_of_classes(student, temperature).clamp(min=LOWEST)
+    log_t = teacher_log_of_classes(teacher, temperature, counts).clamp(min=LOWEST)
     inter, varies = _correlation(log_s, log_t, (1,), None)
     among_classes = masked_mean(1 - inter, varies if counts is None else varies & counts.unsqueeze(1))
     over = (0, 2, 3) if student.dim() == 4 else (0,)
@@ -243,11 +249,12 @@ def decoupled_kl_loss(
     check_finite_number(owner, 'beta', beta, minimum=0)
     _check_scores(owner, student, teacher)
     index, counts = _labelled(owner, student, labels, ignore_index, valid)
+    log_t = teacher_log_of_classes(teacher, temperature, counts)
     student, teacher = _only(counts, student, teacher.detach())
     one = torch.zeros_like(student, dtype=torch.bool).scatter_(1, index.unsqueeze(1), True)
 
-    def split(logits: Tensor) -> tuple[Tensor, Tensor]:
-        log_p = torch.log_softmax(logits, dim=1).clamp(min=LOWEST)
+    def split(logits: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
+        log_p = log_p.clamp(min=LOWEST)
         labelled = log_p.gather(1, index.unsqueeze(1))
         # Not log(1 - p): that is minus infinity as soon as p rounds to 1.
         others = log_p.masked_fill(one, -torch.inf).logsumexp(1, keepdim=True)
@@ -257,8 +264,8 @@ def decoupled_kl_loss(
         among = torch.log_softmax(kept, dim=1)
         return torch.cat([labelled, others], dim=1), among.masked_fill(one, LOWEST)
 
-    against_s, among_s = split(student / temperature)
-    against_t, among_t = split(teacher / temperature)
+    against_s, among_s = split(student / temperature, log_of_classes(student, temperature))
+    against_t, among_t = split(teacher / temperature, log_t)
     both = alpha * kl_along(against_s, against_t, 1) + beta * kl_along(among_s, among_t, 1)
     return temperature**2 * masked_mean(both, counts)
 
@@ -317,14 +324,16 @@ def weighted_soft_label_loss(
     check_temperature(owner, temperature)
     _check_scores(owner, student, teacher)
     index, counts = _labelled(owner, student, labels, ignore_index, valid)
-    student, teacher = _only(counts, student, teacher.detach())
+    (student,) = _only(counts, student)
 
-    def hardness(logits: Tensor) -> Tensor:
-        return -torch.log_softmax(logits, dim=1).gather(1, index.unsqueeze(1)).squeeze(1).clamp(min=LOWEST)
+    def hardness(log_p: Tensor) -> Tensor:
+        return -log_p.gather(1, index.unsqueeze(1)).squeeze(1).clamp(min=LOWEST)
 
-    weight = -torch.expm1(-hardness(student.detach()) / (hardness(teacher) + 1e-7))
-    log_s = torch.log_softmax(student / temperature, dim=1).clamp(min=LOWEST)
-    p_t = torch.softmax(teacher / temperature, dim=1)
+    hard_s = hardness(log_of_classes(student.detach(), 1.0))
+    hard_t = hardness(teacher_log_of_classes(teacher, 1.0, counts))
+    weight = -torch.expm1(-hard_s / (hard_t + 1e-7))
+    log_s = log_of_classes(student, temperature).clamp(min=LOWEST)
+    p_t = teacher_log_of_classes(teacher, temperature, counts).exp()
     return temperature**2 * masked_mean(weight * -(p_t * log_s).sum(1), counts)
 
 

@@ -10,6 +10,8 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from mmstructkd.functional.sharing import once
+
 __all__ = ['exact_matmul', 'full_precision', 'promote']
 
 P = ParamSpec('P')
@@ -41,7 +43,7 @@ def promote(tensor: Tensor) -> Tensor:
 
 def _promote_all(value: Any) -> Any:
     if isinstance(value, Tensor):
-        return promote(value)
+        return once(promote, value)
     if type(value) in (list, tuple):
         return type(value)(_promote_all(v) for v in value)
     return value

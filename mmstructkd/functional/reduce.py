@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mmstructkd.errors import ConfigError, ShapeError
 from mmstructkd.functional.resize import resize_labels, resize_mask
+from mmstructkd.functional.sharing import once
 
 __all__ = ['masked_mean', 'mean_of_sum', 'valid_pixels']
 
@@ -105,7 +106,7 @@ def valid_pixels(
             raise ConfigError(f'{owner}: `valid` must be boolean, got {given.dtype}. Compare it first, e.g. mask > 0.')
         if not rows:
             size = (reference.shape[-2], reference.shape[-1])
-            given = resize_labels(given, size) if name == 'labels' else resize_mask(given, size)
+            given = once(resize_labels if name == 'labels' else resize_mask, given, size)
         mask = (given != ignore_index if name == 'labels' else given).to(reference.device)
         out = mask if out is None else out & mask
     return out

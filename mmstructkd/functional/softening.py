@@ -10,8 +10,17 @@ from torch import Tensor
 
 from mmstructkd.errors import ShapeError, check_positive
 from mmstructkd.functional.precision import full_precision
+from mmstructkd.functional.sharing import once
 
-__all__ = ['check_temperature', 'kl_along', 'scale_gradient', 'standardize_logits']
+__all__ = [
+    'check_temperature',
+    'kl_along',
+    'log_of_classes',
+    'log_of_positions',
+    'scale_gradient',
+    'standardize_logits',
+    'teacher_log_of_classes',
+]
 
 #: Logits near the end of the range make a log-probability of minus infinity, and the term of a class
 #: that the teacher gives probability 0 would then be 0 * inf = NaN.
@@ -42,6 +51,76 @@ def check_temperature(owner: str, temperature: float | Tensor) -> None:
             f'{owner}: `temperature` must be a number or a tensor without axes, got shape '
             f'{tuple(temperature.shape)}. Divide the scores beforehand where positions have temperatures of their own.'
         )
+
+
+def log_of_classes(logits: Tensor, temperature: float | Tensor) -> Tensor:
+    """Log-probabilities of the classes at each position.
+
+    Args:
+        logits: shape (B, C, H, W) or (M, C).
+        temperature: what they are divided by.
+
+    Returns:
+        Same shape.
+
+    Example:
+        >>> log_of_classes(torch.tensor([[0.0, 0.0]]), 2.0).exp()
+        tensor([[0.5000, 0.5000]])
+    """
+    return torch.log_softmax(logits / temperature, dim=1)
+
+
+def teacher_log_of_classes(logits: Tensor, temperature: float | Tensor, counts: Tensor | None) -> Tensor:
+    """:func:`log_of_classes` of the teacher, once a step for all losses that ask.
+
+    Args:
+        logits: shape (B, C, H, W) or (M, C). Detached here.
+        temperature: what they are divided by.
+        counts: positions that count, bool, shape (B, H, W) or (M,). ``None``: all.
+
+    Returns:
+        Same shape; 0 where a position does not count, whatever stands there.
+
+    Example:
+        >>> teacher_log_of_classes(torch.tensor([[torch.nan, 0.0]]), 2.0, torch.tensor([False]))
+        tensor([[0., 0.]])
+    """
+    logits = logits.detach()
+    if counts is None:
+        return once(log_of_classes, logits, temperature)
+    if isinstance(temperature, Tensor):
+        # NaN at an ignored position must not reach the temperature's gradient.
+        logits = torch.where(counts.unsqueeze(1), logits, 0)
+    # Masked afterwards: other losses may count other positions.
+    return torch.where(counts.unsqueeze(1), once(log_of_classes, logits, temperature), 0)
+
+
+def log_of_positions(scores: Tensor, temperature: float | Tensor, counts: Tensor | None, dim: int = -1) -> Tensor:
+    """Log-probabilities of the positions of each channel.
+
+    Args:
+        scores: shape (B, C, ...).
+        temperature: what they are divided by.
+        counts: positions that count, bool, shape (B, 1, ...). ``None``: all.
+        dim: axis of the positions.
+
+    Returns:
+        Same shape. Positions that do not count have probability 0; of an image
+        where none counts the result is finite and means nothing.
+
+    Example:
+        >>> log_of_positions(torch.zeros(1, 1, 2), 4.0, torch.tensor([[[True, False]]])).exp()
+        tensor([[[1., 0.]]])
+    """
+    if counts is not None and isinstance(temperature, Tensor):
+        # What stands at an ignored position must not reach the temperature's gradient either.
+        scores = torch.where(counts, scores, 0)
+    scaled = scores / temperature
+    if counts is not None:
+        # The lowest finite number, not minus infinity: an image without any position that counts must
+        # stay free of NaN, also in its gradient.
+        scaled = torch.where(counts, scaled, torch.finfo(scaled.dtype).min)
+    return torch.log_softmax(scaled, dim=dim)
 
 
 def kl_along(log_s: Tensor, log_t: Tensor, dim: int) -> Tensor:

@@ -171,6 +171,21 @@ def test_channels_last_reaches_the_taps(weights: str) -> None:
     assert not logits.is_contiguous()
 
 
+@pytest.mark.parametrize(
+    ('options', 'last'),
+    [
+        (dict(), False),
+        (dict(dtype='fp32'), False),
+        (dict(dtype='bf16'), True),
+        (dict(dtype='fp16'), True),
+        (dict(dtype='bf16', channels_last=False), False),
+    ],
+)
+def test_half_precision_takes_the_format_of_its_kernels(options: dict, last: bool, weights: str) -> None:
+    (feature,) = outputs(build(weights, **options))[Tap.parse('decode_head.convs')]
+    assert feature.is_contiguous(memory_format=torch.channels_last) == last
+
+
 @pytest.mark.parametrize(('name', 'dtype'), [('bf16', torch.bfloat16), ('fp16', torch.float16)])
 def test_low_precision_is_the_teachers_alone(name: str, dtype: torch.dtype, weights: str) -> None:
     model = build(weights, dtype=name)
