@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -104,7 +105,10 @@ def time_pair(name: str, precision: str, args: argparse.Namespace) -> dict[str, 
             print(f'{name}, {precision}: {arm!r} built, first step {time.perf_counter() - begin:.1f} s', flush=True)
             out['arms'][arm] = dict(losses=first)
         turns = measure.in_turn(
-            {arm: made.seconds for arm, made in built.items()}, rounds=args.rounds, warmup=args.warmup
+            {arm: made.seconds for arm, made in built.items()},
+            rounds=args.rounds,
+            warmup=args.warmup,
+            label=f'{name}, {precision}',
         )
         asking = {arm: made.teacher_seconds for arm, made in built.items() if made.ask is not None}
         asked = measure.in_turn(asking, rounds=args.rounds, warmup=1)
@@ -124,6 +128,23 @@ def time_pair(name: str, precision: str, args: argparse.Namespace) -> dict[str, 
     return out
 
 
+def save(results: dict[str, Any], out: Path) -> Path:
+    """Write what was measured so far, and the chart.
+
+    Args:
+        results: of this run.
+        out: the folder.
+
+    Returns:
+        The path of both files, without the ending.
+    """
+    stem = out / f'{results["kind"]}_{results["environment"]["device_type"]}'
+    results['targets'] = report.targets(results)
+    stem.with_suffix('.json').write_text(json.dumps(results, indent=1), encoding='utf-8')
+    report.draw(results, stem.with_suffix('.png'))
+    return stem
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run."""
     args = parse_args(argv)
@@ -140,7 +161,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = dict(kind='losses' if args.losses else 'pairs', quick=args.quick)
-    results['command'] = ' '.join(['python tools/benchmark.py', *(sys.argv[1:] if argv is None else argv)])
+    results['command'] = shlex.join(['python', 'tools/benchmark.py', *(sys.argv[1:] if argv is None else argv)])
+    results['environment'] = measure.environment(args.device)
     if args.losses:
         results['losses'] = []
         for name in args.only or losses.CASES:
@@ -149,19 +171,17 @@ def main(argv: Sequence[str] | None = None) -> int:
                 found = losses.measure(name, size, device=args.device, rounds=args.rounds, warmup=args.warmup)
                 results['losses'].append(found)
                 print(f'{name} at {size}', flush=True)
+        stem = save(results, args.out)
     else:
         results['pairs'] = []
         for precision in args.precision:
             for name in args.pairs:
                 results['pairs'].append(time_pair(name, precision, args))
-    results['environment'] = measure.environment(args.device)
-    results['targets'] = report.targets(results)
-    stem = f'{results["kind"]}_{args.device}'
-    (args.out / f'{stem}.json').write_text(json.dumps(results, indent=1), encoding='utf-8')
-    report.draw(results, args.out / f'{stem}.png')
+                results['environment'] = measure.environment(args.device)  # more packages are there now
+                stem = save(results, args.out)
     print()
     print(report.text(results))
-    print(f'written: {args.out / stem}.json, {args.out / stem}.png')
+    print(f'written: {stem}.json, {stem}.png')
     return 0
 
 

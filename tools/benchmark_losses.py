@@ -1,8 +1,4 @@
-"""Each loss alone against a plain implementation of the same formula, as sizes grow.
-
-The plain ones are what one writes from the paper: autograd through dense graphs,
-loops over classes and pairs of classes.
-"""
+"""Each loss alone against its plain implementation in ``benchmark_plain.py``, as sizes grow."""
 
 from __future__ import annotations
 
@@ -11,8 +7,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import benchmark_plain as plain
 import torch
-import torch.nn.functional as nn_functional
 from benchmark_measure import extra_memory, in_turn, seconds, spread
 from torch import Tensor
 
@@ -20,7 +16,11 @@ from mmstructkd import functional as F
 
 __all__ = ['CASES', 'measure']
 
-Loss = Callable[[Tensor, Tensor], Tensor]
+Loss = Callable[..., Tensor]
+Shapes = tuple[tuple[int, ...], tuple[int, ...]]
+Both = tuple[Loss, Loss]
+
+NODES, CLASSES, WIDTHS, SIDES = (256, 1024, 4096, 8192), (19, 60, 150), (128, 512), (64, 128, 256)
 
 
 @dataclass(frozen=True)
@@ -31,219 +31,210 @@ class Case:
         unit: what the sizes count.
         sizes: the sizes.
         make: size -> shapes of student and teacher.
-        ours: size -> the loss.
-        plain: size -> the plain one.
+        losses: size -> our loss and the plain one.
+        positive: the inputs are depths, from 1 to 10.
     """
 
     unit: str
     sizes: tuple[int, ...]
-    make: Callable[[int], tuple[tuple[int, ...], tuple[int, ...]]]
-    ours: Callable[[int], Loss]
-    plain: Callable[[int], Loss]
+    make: Callable[[int], Shapes]
+    losses: Callable[[int], Both]
+    positive: bool = False
 
 
-# --- plain implementations -----------------------------------------------------------------------------------
+def _noise() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
 
 
-def plain_affinity(student: Tensor, teacher: Tensor) -> Tensor:
-    """Dense graphs of cosines."""
-    graphs = []
-    for features in (student, teacher):
-        nodes = nn_functional.normalize(features.flatten(2), dim=1)
-        graphs.append(nodes.transpose(1, 2) @ nodes)
-    return (graphs[0] - graphs[1]).square().mean()
+def _same(*losses: Loss) -> Callable[[int], Both]:
+    """Losses that need nothing but the two inputs."""
+    ours, other = losses
+    return lambda size: (ours, other)
 
 
-def plain_interclass(student: Tensor, teacher: Tensor) -> Tensor:
-    """Loops over pairs of classes."""
-    matrices = []
-    for logits in (student, teacher):
-        shares = logits.flatten(2).softmax(dim=2)
-        rows = []
-        for first in range(logits.shape[1]):
-            row = [
-                (shares[:, first] * (shares[:, first] / shares[:, second]).log()).sum(dim=1)
-                for second in range(logits.shape[1])
-            ]
-            rows.append(torch.stack(row, dim=1))
-        matrices.append(torch.stack(rows, dim=1))
-    return (matrices[0] - matrices[1]).square().mean()
+def _nodes(*widths: int, batch: int = 1) -> Callable[[int], Shapes]:
+    """Maps of as many nodes, square or twice as wide as high."""
 
-
-def plain_channelwise(student: Tensor, teacher: Tensor) -> Tensor:
-    """KL of softmax over positions."""
-    log_s, share_t = student.flatten(2).div(4).log_softmax(2), teacher.flatten(2).div(4).softmax(2)
-    return 16 * (share_t * (share_t.log() - log_s)).sum(2).mean()
-
-
-def plain_pixelwise(student: Tensor, teacher: Tensor) -> Tensor:
-    """KL of softmax over classes."""
-    log_s, share_t = student.log_softmax(1), teacher.softmax(1)
-    return (share_t * (share_t.log() - log_s)).sum(1).mean()
-
-
-def plain_standardized(student: Tensor, teacher: Tensor) -> Tensor:
-    """Square distance after standardising each channel of each image."""
-
-    def standard(features: Tensor) -> Tensor:
-        std, mean = torch.std_mean(features, dim=(2, 3), keepdim=True, correction=0)
-        return (features - mean) / std
-
-    return nn_functional.mse_loss(standard(student), standard(teacher))
-
-
-def plain_similarity(student: Tensor, teacher: Tensor) -> Tensor:
-    """Gram matrices of the batch."""
-    grams = [nn_functional.normalize(x.flatten(1) @ x.flatten(1).T, dim=1) for x in (student, teacher)]
-    return (grams[0] - grams[1]).square().sum() / student.shape[0] ** 2
-
-
-def plain_category(student: Tensor, teacher: Tensor) -> Tensor:
-    """Loops over pairs of classes: how much their maps overlap."""
-    matrices = []
-    for logits in (student, teacher):
-        shares = (logits.flatten(2) / 4).softmax(2)
-        rows = []
-        for first in range(logits.shape[1]):
-            row = [(shares[:, first] * shares[:, second]).sum(1) for second in range(logits.shape[1])]
-            rows.append(torch.stack(row, dim=1))
-        matrices.append(torch.stack(rows, dim=1))
-    return (matrices[0] - matrices[1]).square().mean()
-
-
-def plain_cross_image(student: Tensor, teacher: Tensor) -> Tensor:
-    """Every pixel against every pixel of the batch, image by image."""
-    rows = []
-    for first in range(student.shape[0]):
-        for second in range(student.shape[0]):
-            near = []
-            for features in (student, teacher):
-                units = nn_functional.normalize(features.flatten(2), dim=1)
-                near.append(units[first].T @ units[second] / 0.1)
-            share_t = near[1].softmax(1)
-            rows.append((share_t * (share_t.log() - near[0].log_softmax(1))).sum(1).mean())
-    return torch.stack(rows).mean()
-
-
-def plain_relational(student: Tensor, teacher: Tensor) -> Tensor:
-    """All distances and all angles, (N, N) and (N, N, N)."""
-
-    def relations(rows: Tensor) -> tuple[Tensor, Tensor]:
-        gaps = rows[None] - rows[:, None]
-        distances = gaps.norm(dim=2)
-        units = nn_functional.normalize(gaps, dim=2)
-        return distances / distances[distances > 0].mean(), units @ units.transpose(1, 2)
-
-    (distance_s, angle_s), (distance_t, angle_t) = relations(student), relations(teacher)
-    distance = nn_functional.smooth_l1_loss(distance_s, distance_t)
-    return 25 * distance + 50 * nn_functional.smooth_l1_loss(angle_s, angle_t)
-
-
-def plain_variation(labels: Tensor, classes: int, student: Tensor, teacher: Tensor) -> Tensor:
-    """A loop over classes: the cosine of each pixel with the centre of its class."""
-    near = []
-    for features in (student, teacher):
-        centres = torch.zeros_like(features)
-        for number in range(classes):
-            mask = (labels == number).to(features.dtype)[:, None]
-            centre = (features * mask).sum((2, 3)) / (mask.sum((2, 3)) + 1e-6)
-            centres = centres + mask * centre[:, :, None, None]
-        near.append(nn_functional.cosine_similarity(features, centres, dim=1))
-    return nn_functional.mse_loss(near[0], near[1])
-
-
-def _labels(size: int) -> Tensor:
-    return torch.randint(0, size, (2, 64, 64), generator=torch.Generator().manual_seed(0))
-
-
-def _nodes(width: tuple[int, int], batch: int = 1) -> Callable[[int], tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Maps of as many nodes, twice as wide as high or square."""
-
-    def make(nodes: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def make(nodes: int) -> Shapes:
         height = 2 ** ((nodes.bit_length() - 1) // 2)
-        return tuple((batch, channels, height, nodes // height) for channels in width)
+        student, teacher = ((batch, channels, height, nodes // height) for channels in widths)
+        return student, teacher
 
     return make
 
 
-def _scores(size: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    return ((2, size, 64, 64),) * 2
+def _maps(side: int) -> Callable[[int], Shapes]:
+    """Two maps of a side, with as many channels as the size says."""
+    return lambda channels: ((2, channels, side, side),) * 2
 
 
-def _small_scores(size: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Where the plain one keeps several maps for each pair of classes: 64x64 takes 20 GB for 150 of them."""
-    return ((2, size, 32, 32),) * 2
+def _rows(size: int) -> Shapes:
+    return ((size, 128),) * 2
 
 
-NODES, CLASSES = (256, 1024, 4096, 8192), (19, 60, 150)
+def _depths(size: int) -> Shapes:
+    return ((2, 1, size, size),) * 2
 
 
-def _always(loss: Loss) -> Callable[[int], Loss]:
-    return lambda size: loss
+# --- what some losses are given besides ----------------------------------------------------------------------
 
+
+def _labelled(ours: Loss, other: Loss) -> Callable[[int], Both]:
+    """With labels of as many classes."""
+
+    def losses(classes: int) -> Both:
+        labels = torch.randint(0, classes, (2, 64, 64), generator=_noise())
+        return partial(ours, labels=labels), partial(other, labels)
+
+    return losses
+
+
+def _classes_of_pixels(classes: int) -> Both:
+    ours, other = _labelled(F.intra_class_variation_loss, plain.plain_variation)(classes)
+    return partial(ours, num_classes=classes), other
+
+
+def _memory(size: int) -> Both:
+    memory = torch.randn(size, 128, generator=_noise())
+    return partial(F.memory_kl_loss, memory=memory), partial(plain.plain_memory, memory)
+
+
+def _boxes(number: int) -> Both:
+    corners = torch.rand(2, number, 4, generator=_noise())
+    low, high = corners[..., :2] * 200, corners[..., :2] * 200 + 10 + corners[..., 2:] * 40
+    boxes = list(torch.cat([low, high], dim=2).unbind())
+    focal = partial(F.focal_feature_loss, boxes=boxes, input_size=(256, 256))
+    return focal, partial(plain.plain_focal, boxes, (256, 256))
+
+
+def _places(ours: Loss, other: Loss, argument: str, corners: int, **settings: float) -> Callable[[int], Both]:
+    """With as many different pixels a set as it has corners."""
+
+    def losses(side: int) -> Both:
+        places = torch.rand(2, 5000, side * side // 8, generator=_noise()).argsort(-1)[..., :corners] * 8
+        return partial(ours, **{argument: places}, **settings), partial(other, places)
+
+    return losses
+
+
+# --- the cases -----------------------------------------------------------------------------------------------
 
 CASES: dict[str, Case] = {
     'pairwise_affinity_loss': Case(
         'nodes (D 128 and 512)',
         NODES,
-        _nodes((128, 512)),
-        _always(partial(F.pairwise_affinity_loss, kernel_size=1)),
-        _always(plain_affinity),
-    ),
-    'interclass_similarity_loss': Case(
-        'classes',
-        CLASSES,
-        _small_scores,
-        _always(partial(F.interclass_similarity_loss, normalize=False)),
-        _always(plain_interclass),
-    ),
-    'category_similarity_loss': Case(
-        'classes',
-        CLASSES,
-        _small_scores,
-        _always(partial(F.category_similarity_loss, kernel_size=1)),
-        _always(plain_category),
+        _nodes(128, 512),
+        _same(partial(F.pairwise_affinity_loss, kernel_size=1), plain.plain_affinity),
     ),
     'cross_image_kl_loss': Case(
         'nodes an image, 2 images (D 128)',
         (256, 1024, 2048),
-        _nodes((128, 128), batch=2),
-        _always(F.cross_image_kl_loss),
-        _always(plain_cross_image),
+        _nodes(128, 128, batch=2),
+        _same(F.cross_image_kl_loss, plain.plain_cross_image),
     ),
-    'relational_loss': Case(
-        'rows (D 128)',
-        (32, 64, 128),
-        lambda n: ((n, 128), (n, 128)),
-        _always(F.relational_loss),
-        _always(plain_relational),
+    'local_structure_loss': Case(
+        'nodes (D 128)', NODES, _nodes(128, 128), _same(F.local_structure_loss, plain.plain_local)
+    ),
+    # 32x32: the plain ones keep several maps for each pair of classes, at 64x64 20 GB for 150 of them.
+    'interclass_similarity_loss': Case(
+        'classes (32x32)',
+        CLASSES,
+        _maps(32),
+        _same(partial(F.interclass_similarity_loss, normalize=False), plain.plain_interclass),
+    ),
+    'category_similarity_loss': Case(
+        'classes (32x32)',
+        CLASSES,
+        _maps(32),
+        _same(partial(F.category_similarity_loss, kernel_size=1), plain.plain_category),
     ),
     'intra_class_variation_loss': Case(
-        'classes',
-        CLASSES,
-        lambda n: ((2, 128, 64, 64),) * 2,
-        lambda n: partial(F.intra_class_variation_loss, labels=_labels(n), num_classes=n),
-        lambda n: partial(plain_variation, _labels(n), n),
+        'classes (D 128)', CLASSES, lambda classes: ((2, 128, 64, 64),) * 2, _classes_of_pixels
     ),
-    'channelwise_kl_loss': Case(
-        'classes', CLASSES, _scores, _always(F.channelwise_kl_loss), _always(plain_channelwise)
+    'pixelwise_kl_loss': Case('classes', CLASSES, _maps(64), _same(F.pixelwise_kl_loss, plain.plain_pixelwise)),
+    'channelwise_kl_loss': Case('classes', CLASSES, _maps(64), _same(F.channelwise_kl_loss, plain.plain_channelwise)),
+    'dist_loss': Case('classes', CLASSES, _maps(64), _same(F.dist_loss, plain.plain_dist)),
+    'decoupled_kl_loss': Case('classes', CLASSES, _maps(64), _labelled(F.decoupled_kl_loss, plain.plain_decoupled)),
+    'weighted_soft_label_loss': Case(
+        'classes', CLASSES, _maps(64), _labelled(F.weighted_soft_label_loss, plain.plain_soft_labels)
     ),
-    'pixelwise_kl_loss': Case('classes', CLASSES, _scores, _always(F.pixelwise_kl_loss), _always(plain_pixelwise)),
+    'zipf_label_loss': Case('classes', CLASSES, _maps(64), _labelled(F.zipf_label_loss, plain.plain_zipf)),
+    'feature_mse_loss': Case('channels', WIDTHS, _maps(64), _same(F.feature_mse_loss, torch.nn.functional.mse_loss)),
     'standardized_mse_loss': Case(
-        'channels',
-        (128, 512),
-        _scores,
-        _always(F.standardized_mse_loss),
-        _always(plain_standardized),
+        'channels', WIDTHS, _maps(64), _same(F.standardized_mse_loss, plain.plain_standardized)
+    ),
+    'attention_transfer_loss': Case(
+        'channels', WIDTHS, _maps(64), _same(F.attention_transfer_loss, plain.plain_attention)
+    ),
+    'pixel_similarity_loss': Case(
+        'channels', WIDTHS, _maps(64), _same(F.pixel_similarity_loss, plain.plain_pixel_similarity)
+    ),
+    'hierarchical_context_loss': Case(
+        'channels', WIDTHS, _maps(64), _same(F.hierarchical_context_loss, plain.plain_context)
     ),
     'similarity_preserving_loss': Case(
         'images (D 256, 16x16)',
         (2, 16),
-        lambda n: ((n, 256, 16, 16),) * 2,
-        _always(F.similarity_preserving_loss),
-        _always(plain_similarity),
+        lambda images: ((images, 256, 16, 16),) * 2,
+        _same(F.similarity_preserving_loss, plain.plain_similarity),
+    ),
+    'relational_loss': Case('rows (D 128)', (32, 64, 128), _rows, _same(F.relational_loss, plain.plain_relational)),
+    'correlation_congruence_loss': Case(
+        'rows (D 128)', (256, 1024, 4096), _rows, _same(F.correlation_congruence_loss, plain.plain_congruence)
+    ),
+    'adjacent_correlation_loss': Case(
+        'rows (D 128)', (256, 4096), _rows, _same(F.adjacent_correlation_loss, plain.plain_adjacent)
+    ),
+    'region_contrast_loss': Case(
+        'rows (D 128)', (32, 256), _rows, _same(F.region_contrast_loss, plain.plain_region_contrast)
+    ),
+    'memory_kl_loss': Case('keys, 2048 anchors (D 128)', (256, 4096, 16384), lambda keys: _rows(2048), _memory),
+    'focal_feature_loss': Case('boxes an image (D 256, 32x32)', (4, 64), lambda boxes: _maps(32)(256), _boxes),
+    'binary_kl_loss': Case('classes', (20, 80), _maps(64), _same(F.binary_kl_loss, plain.plain_binary)),
+    'localization_kl_loss': Case(
+        'bins of 4 edges',
+        (16, 32),
+        lambda bins: _maps(64)(4 * bins),
+        _same(F.localization_kl_loss, plain.plain_localization),
+    ),
+    'depth_l1_loss': Case('side', SIDES, _depths, _same(F.depth_l1_loss, plain.plain_depth_l1), positive=True),
+    'silog_loss': Case('side', SIDES, _depths, _same(F.silog_loss, plain.plain_silog), positive=True),
+    'scale_shift_invariant_loss': Case(
+        'side', SIDES, _depths, _same(F.scale_shift_invariant_loss, plain.plain_scale_shift), positive=True
+    ),
+    'gradient_matching_loss': Case(
+        'side', SIDES, _depths, _same(F.gradient_matching_loss, plain.plain_gradient_matching), positive=True
+    ),
+    'ordinal_relation_loss': Case(
+        'side, 5000 pairs',
+        SIDES,
+        _depths,
+        _places(F.ordinal_relation_loss, plain.plain_ordinal, 'pairs', 2),
+        positive=True,
+    ),
+    'virtual_normal_loss': Case(
+        'side, 5000 triplets',
+        SIDES,
+        _depths,
+        _places(F.virtual_normal_loss, plain.plain_virtual_normal, 'triplets', 3, min_distance=0.0, min_angle=0.0),
+        positive=True,
     ),
 }
+
+
+def _moved(value: Any, device: str) -> Any:
+    """A tensor, or a list of them, on the device; anything else as it is."""
+    if isinstance(value, list):
+        return [_moved(entry, device) for entry in value]
+    return value.to(device) if isinstance(value, Tensor) else value
+
+
+def _on(loss: Loss, device: str) -> Loss:
+    """A loss with what it is given besides on the device."""
+    if not isinstance(loss, partial):
+        return loss
+    keywords = {name: _moved(value, device) for name, value in loss.keywords.items()}
+    return partial(loss.func, *(_moved(value, device) for value in loss.args), **keywords)
 
 
 def measure(name: str, size: int, *, device: str, rounds: int, warmup: int) -> dict[str, Any]:
@@ -260,17 +251,14 @@ def measure(name: str, size: int, *, device: str, rounds: int, warmup: int) -> d
         For ``ours`` and ``plain`` the times and extra bytes, and how far the
         values and gradients differ, relatively.
     """
-    case = CASES[name]
-    generator = torch.Generator().manual_seed(0)
-    student, teacher = (torch.randn(shape, generator=generator).to(device) for shape in case.make(size))
+    case, generator = CASES[name], _noise()
+    draw = torch.rand if case.positive else torch.randn
+    student, teacher = (draw(shape, generator=generator).to(device) for shape in case.make(size))
+    if case.positive:
+        student, teacher = 1 + 9 * student, 1 + 9 * teacher
     student.requires_grad_(True)
+    losses = dict(zip(('ours', 'plain'), (_on(loss, device) for loss in case.losses(size)), strict=True))
     results: dict[str, tuple[Tensor, Tensor]] = {}
-    losses = {'ours': case.ours(size), 'plain': case.plain(size)}
-    for kind, loss in losses.items():
-        if isinstance(loss, partial):
-            moved = [a.to(device) if isinstance(a, Tensor) else a for a in loss.args]
-            kept = {k: a.to(device) if isinstance(a, Tensor) else a for k, a in loss.keywords.items()}
-            losses[kind] = partial(loss.func, *moved, **kept)
 
     def run(kind: str) -> None:
         value = losses[kind](student, teacher)
@@ -283,7 +271,8 @@ def measure(name: str, size: int, *, device: str, rounds: int, warmup: int) -> d
 
     times = in_turn({kind: partial(timed, kind) for kind in losses}, rounds=rounds, warmup=warmup)
     out: dict[str, Any] = {'loss': name, 'unit': case.unit, 'size': size}
-    value, gradient = ((a - b).double().norm() / b.double().norm() for a, b in zip(*results.values(), strict=True))
+    pairs = zip(results['ours'], results['plain'], strict=True)
+    value, gradient = ((one - two).double().norm() / two.double().norm() for one, two in pairs)
     out.update(value_differs=float(value), gradient_differs=float(gradient))
     results.clear()
     for kind in losses:

@@ -52,19 +52,24 @@ def spread(times: list[float]) -> dict[str, Any]:
     return dict(median=statistics.median(times), low=low, high=high, runs=times)
 
 
-def in_turn(arms: Mapping[str, Callable[[], float]], *, rounds: int, warmup: int) -> dict[str, list[float]]:
+def in_turn(
+    arms: Mapping[str, Callable[[], float]], *, rounds: int, warmup: int, label: str = ''
+) -> dict[str, list[float]]:
     """Time all arms A B C A B C ..., so that what the machine does besides hits all alike.
 
     Args:
         arms: what runs a turn and returns its seconds.
         rounds: turns that count.
         warmup: turns before that do not.
+        label: what the lines about the progress begin with; without it there are none.
 
     Returns:
         Seconds of each turn by arm.
     """
     found: dict[str, list[float]] = {name: [] for name in arms}
     for number in range(warmup + rounds):
+        if label:
+            print(f'{label}: turn {number + 1} of {warmup + rounds}', flush=True)
         for name, run in arms.items():
             gc.collect()
             gc.disable()
@@ -112,6 +117,7 @@ def extra_memory(step: Callable[[], Any], device: str) -> int:
 def environment(device: str) -> dict[str, Any]:
     """What the numbers depend on."""
     info: dict[str, Any] = dict(
+        device_type=device,
         device=torch.cuda.get_device_name() if device == 'cuda' else _processor(),
         cores=len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count(),
         threads=torch.get_num_threads(),

@@ -35,8 +35,9 @@ class LocalizationKLLoss(SoftenedLoss):
 
     Localization Distillation (arXiv:2102.12252). See
     :func:`~mmstructkd.functional.detection.localization_kl_loss` for the formula.
-    Tap the edge logits of a head that predicts distributions, such as
-    ``'bbox_head.gfl_reg'`` of a GFL; a head with plain offsets has none.
+    Tap the edge logits of a head that predicts distributions: of a GFL
+    ``'bbox_head.scales.0'`` and so on, behind the factor that it learns for each
+    level; a head with plain offsets has none.
 
     =============  =======  ==========
     argument       default  ``'code'``
