@@ -11,6 +11,7 @@ turn (A B C A B C ...), with a warm-up; medians, quartiles and ratios:
 
     python tools/benchmark.py --out work_dirs/benchmark               # pairs of networks
     python tools/benchmark.py --losses --out work_dirs/benchmark      # each loss alone
+    python tools/benchmark.py --gradients CONFIG                      # what the options change
     python tools/benchmark.py --report docs/benchmarks.md work_dirs/benchmark/*.json
 
 A step is forward, backward and update in float32, without data loading; with
@@ -32,11 +33,13 @@ from typing import Any
 
 os.environ.setdefault('KINETO_LOG_LEVEL', '9')  # the profiler's chatter, before torch is there
 
+import benchmark_gradients as gradients
 import benchmark_losses as losses
 import benchmark_measure as measure
 import benchmark_pairs as arms
 import benchmark_report as report
 import torch
+from mmengine.config import DictAction
 from mmengine.logging import MMLogger
 
 from mmstructkd import compat
@@ -48,6 +51,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = list(arms.pairs())
     parser.add_argument('--losses', action='store_true', help='each loss alone against a plain implementation')
+    parser.add_argument(
+        '--gradients', metavar='CONFIG', help="what the teacher's options change in the gradients of this config"
+    )
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction, help='with --gradients: overrides, key=value')
     parser.add_argument('--pairs', nargs='+', choices=names, default=names, help='default: all')
     parser.add_argument('--arms', nargs='+', choices=arms.ARMS, default=list(arms.ARMS), help='default: all')
     parser.add_argument('--only', nargs='+', choices=list(losses.CASES), help='with --losses: these')
@@ -160,10 +167,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
-    results: dict[str, Any] = dict(kind='losses' if args.losses else 'pairs', quick=args.quick)
+    kind = 'gradients' if args.gradients else 'losses' if args.losses else 'pairs'
+    results: dict[str, Any] = dict(kind=kind, quick=args.quick)
     results['command'] = shlex.join(['python', 'tools/benchmark.py', *(sys.argv[1:] if argv is None else argv)])
     results['environment'] = measure.environment(args.device)
-    if args.losses:
+    if args.gradients:
+        results['gradients'] = gradients.measure(
+            args.gradients, args.cfg_options, args.device, leave_out=arms.COMPILED if args.quick else ()
+        )
+        stem = save(results, args.out)
+    elif args.losses:
         results['losses'] = []
         for name in args.only or losses.CASES:
             sizes = losses.CASES[name].sizes

@@ -171,6 +171,15 @@ def _losses(results: dict[str, Any]) -> str:
     return _table(columns, rows)
 
 
+def _gradients(found: dict[str, Any]) -> str:
+    """The table of what options change."""
+    height, width = found['size']
+    terms = list(next(iter(found['options'].values())))
+    rows = [(name, *(f'{change[term]:.1e}' for term in terms)) for name, change in found['options'].items()]
+    head = f'{found["config"]}: first batch, {found["images"]} images of {height}x{width}, at the first step'
+    return f'**{head}**\n\n' + _table(('option', *terms), rows)
+
+
 def text(results: dict[str, Any]) -> str:
     """All tables of one run, in Markdown.
 
@@ -187,7 +196,9 @@ def text(results: dict[str, Any]) -> str:
         if info.get(name)
     )
     parts = [f'{info["device"]}, {info["cores"]} cores, {info["threads"]} threads; {versions}. `{results["command"]}`']
-    if results['kind'] == 'losses':
+    if results['kind'] == 'gradients':
+        parts.append(_gradients(results['gradients']))
+    elif results['kind'] == 'losses':
         parts.append(_losses(results))
     else:
         parts += [_pair(entry) for entry in results['pairs']]
@@ -207,7 +218,7 @@ def text(results: dict[str, Any]) -> str:
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
-    """Draw bars of the pairs, or lines of the losses over their sizes.
+    """Draw bars of the pairs and of what options change, or lines of the losses over their sizes.
 
     Args:
         results: of one run.
@@ -215,6 +226,9 @@ def draw(results: dict[str, Any], path: Path) -> None:
     """
     if results['kind'] == 'losses':
         _draw_losses(results, path)
+        return
+    if results['kind'] == 'gradients':
+        _draw_gradients(results['gradients'], path)
         return
     entries = results['pairs']
     height = sum(len(entry['arms']) for entry in entries) * 0.3 + len(entries) * 0.8
@@ -237,6 +251,22 @@ def draw(results: dict[str, Any], path: Path) -> None:
         axis.axvline(1, color='black', linewidth=0.5)
         axis.tick_params(labelsize=8)
     axes[-1, 0].set_xlabel('seconds a step over the student alone (median, quartiles)')
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _draw_gradients(found: dict[str, Any], path: Path) -> None:
+    """A bar for each option and term, on a logarithmic scale."""
+    options = list(found['options'])[::-1]
+    terms = list(found['options'][options[0]])
+    figure, axis = plt.subplots(figsize=(8, 0.4 * len(options) + 1), layout='constrained')
+    for place, term in enumerate(terms):
+        heights = [index + place / (len(terms) + 1) for index in range(len(options))]
+        axis.barh(heights, [found['options'][o][term] for o in options], 1 / (len(terms) + 1), label=term, align='edge')
+    axis.set_yticks([index + 0.4 for index in range(len(options))], options)
+    axis.set_xscale('log')
+    axis.set_xlabel("change of the student's gradient, relative")
+    axis.legend(fontsize=7)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
@@ -277,7 +307,7 @@ def write_page(page: Path, runs: Sequence[dict[str, Any]]) -> None:
         raise ValueError(f'benchmark: {str(page)!r} must have the lines {BEGIN} and {END}, got none.')
     parts = []
     for run in runs:
-        what = 'Each loss alone' if run['kind'] == 'losses' else 'A step'
+        what = {'pairs': 'A step', 'losses': 'Each loss alone', 'gradients': 'What the options change'}[run['kind']]
         parts.append(f'## {what}: {run["environment"]["device"]}\n\n{text(run)}')
     before, rest = old.split(BEGIN, 1)
     after = rest.split(END, 1)[1]

@@ -14,6 +14,9 @@ import pytest
 import torch
 
 from mmstructkd import functional
+from mmstructkd.errors import ConfigError
+from mmstructkd.registry import MODELS
+from mmstructkd.testing import toy_config, toy_distiller, toy_segmentor
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -116,6 +119,28 @@ def test_losses_and_their_page(load: Callable, tmp_path: Path) -> None:
     (tmp_path / 'bare.md').write_text('nothing')
     with pytest.raises(ValueError, match='must have the lines <!-- benchmark: begin -->'):
         load('benchmark_report').write_page(tmp_path / 'bare.md', [])
+
+
+def test_what_options_change(load: Callable, tmp_path: Path) -> None:
+    teacher = MODELS.build(toy_segmentor(8))
+    torch.save(teacher.state_dict(), tmp_path / 'teacher.pth')
+    model = toy_distiller(teacher=dict(config=toy_segmentor(8), checkpoint=str(tmp_path / 'teacher.pth')))
+    toy_config(model, tmp_path / 'run', max_iters=1).dump(str(tmp_path / 'config.py'))
+    arguments = ['--gradients', str(tmp_path / 'config.py'), '--quick', '--out', str(tmp_path)]
+    assert load('benchmark').main(arguments) == 0
+    results = json.loads((tmp_path / 'gradients_cpu.json').read_text())
+    options = results['gradients']['options']
+    assert {*options} == {*load('benchmark_gradients').CHANGING} - {*load('benchmark_pairs').COMPILED}
+    for name, change in options.items():
+        assert {*change} == {*model.terms}
+        for term, value in change.items():
+            assert value <= (0.2 if '16' in name else 1e-3), (name, term)
+            assert value > 0 or name == 'channels_last', (name, term)
+    assert '| bf16 |' in load('benchmark_report').text(results)
+    assert (tmp_path / 'gradients_cpu.png').stat().st_size > 1000
+    toy_config(toy_segmentor(4), tmp_path / 'run', max_iters=1).dump(str(tmp_path / 'plain.py'))
+    with pytest.raises(ConfigError, match='must be a distilling config, got a EncoderDecoder'):
+        load('benchmark').main(['--gradients', str(tmp_path / 'plain.py'), '--out', str(tmp_path)])
 
 
 def made_up(**medians: float) -> dict[str, Any]:
