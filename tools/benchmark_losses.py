@@ -90,8 +90,9 @@ def _labelled(ours: Loss, other: Loss) -> Callable[[int], Both]:
 
 
 def _classes_of_pixels(classes: int) -> Both:
-    ours, other = _labelled(F.intra_class_variation_loss, plain.plain_variation)(classes)
-    return partial(ours, num_classes=classes), other
+    labels = torch.randint(0, classes, (2, 64, 64), generator=_noise())
+    ours = partial(F.intra_class_variation_loss, labels=labels, num_classes=classes)
+    return ours, partial(plain.plain_variation, labels, classes)
 
 
 def _memory(size: int) -> Both:

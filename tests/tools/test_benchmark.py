@@ -135,7 +135,8 @@ def test_what_options_change(load: Callable, tmp_path: Path) -> None:
         assert {*change} == {*model.terms}
         for term, value in change.items():
             assert value <= (0.2 if '16' in name else 1e-3), (name, term)
-            assert value > 0 or name == 'channels_last', (name, term)
+            # a critic is the teacher's only witness in the holistic term, and at the first step it is the same
+            assert (value == 0) == (term == 'holistic') or name == 'channels_last', (name, term)
     assert '| bf16 |' in load('benchmark_report').text(results)
     assert (tmp_path / 'gradients_cpu.png').stat().st_size > 1000
     toy_config(toy_segmentor(4), tmp_path / 'run', max_iters=1).dump(str(tmp_path / 'plain.py'))
