@@ -139,6 +139,14 @@ def _pair(entry: dict[str, Any]) -> str:
     return '\n\n'.join([f'**{head}**', _table(columns, rows), *notes])
 
 
+def _memory(ours: dict[str, Any], plain: dict[str, Any]) -> tuple[str, str, str]:
+    """Both memories and their ratio, where they were counted."""
+    if 'extra_bytes' not in ours:
+        return '-', '-', '-'
+    one, two = ours['extra_bytes'], plain['extra_bytes']
+    return _mebibytes(one), _mebibytes(two), f'{one / max(two, 1):.3f}'
+
+
 def _losses(results: dict[str, Any]) -> str:
     """The table of losses."""
     rows = []
@@ -151,9 +159,7 @@ def _losses(results: dict[str, Any]) -> str:
                 _seconds(ours['median']),
                 _seconds(plain['median']),
                 f'{ratio(entry, "ours", "plain")["median"]:.3f}',
-                _mebibytes(ours['extra_bytes']),
-                _mebibytes(plain['extra_bytes']),
-                f'{ours["extra_bytes"] / max(plain["extra_bytes"], 1):.3f}',
+                *_memory(ours, plain),
                 f'{entry["gradient_differs"]:.0e}',
             )
         )
@@ -280,7 +286,13 @@ def _draw_losses(results: dict[str, Any], path: Path) -> None:
         sizes = [entry['size'] for entry in entries]
         for axis, key, scale, label in zip(row, ('median', 'extra_bytes'), (1, 2**20), ('s', 'MiB'), strict=True):
             for kind, color in (('ours', '#4c72b0'), ('plain', '#c44e52')):
-                axis.plot(sizes, [entry[kind][key] / scale for entry in entries], 'o-', color=color, label=kind)
+                axis.plot(
+                    sizes,
+                    [entry[kind].get(key, float('nan')) / scale for entry in entries],
+                    'o-',
+                    color=color,
+                    label=kind,
+                )
             axis.set_xscale('log', base=2)
             axis.set_yscale('log')
             axis.set_ylabel(label, fontsize=8)
