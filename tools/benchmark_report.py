@@ -244,11 +244,11 @@ def draw(results: dict[str, Any], path: Path) -> None:
     )
     for axis, entry in zip(axes[:, 0], entries, strict=True):
         timed = entry['arms']
-        base = timed.get(STUDENT, next(iter(timed.values())))['median']
+        base = STUDENT if STUDENT in timed else next(iter(timed))
         names = list(timed)[::-1]
-        middle = [timed[name]['median'] / base for name in names]
-        below = [m - timed[name]['low'] / base for m, name in zip(middle, names, strict=True)]
-        above = [timed[name]['high'] / base - m for m, name in zip(middle, names, strict=True)]
+        over = [ratio(timed, name, base) for name in names]
+        middle = [r['median'] for r in over]
+        below, above = [r['median'] - r['low'] for r in over], [r['high'] - r['median'] for r in over]
         colors = [
             '#888888' if name in (STUDENT, BARE) else '#c44e52' if name == MMRAZOR else '#4c72b0' for name in names
         ]
