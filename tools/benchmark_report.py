@@ -11,10 +11,10 @@ import matplotlib
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt
 from benchmark_measure import spread
+from benchmark_pairs import BARE, MMRAZOR, OURS, STUDENT
 
 __all__ = ['draw', 'ratio', 'targets', 'text', 'write_page']
 
-STUDENT, BARE, OURS, MMRAZOR = 'student alone', 'student + teacher forward', 'mmstructkd', 'mmrazor'
 BEGIN, END = '<!-- benchmark: begin -->', '<!-- benchmark: end -->'
 #: What is reached on a 2-core CPU with AMX: words, pair, arm, the arm it is divided by, at most.
 RATIOS = (
