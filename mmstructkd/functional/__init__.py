@@ -19,6 +19,7 @@ from mmstructkd.functional.contrast import (
     sinkhorn_loss,
     wasserstein_contrast_loss,
 )
+from mmstructkd.functional.cross_entropy import cross_entropy_loss
 from mmstructkd.functional.depth import (
     depth_l1_loss,
     depth_readings,
@@ -31,6 +32,7 @@ from mmstructkd.functional.depth import (
 )
 from mmstructkd.functional.detection import binary_kl_loss, edge_confidence, inside_boxes, localization_kl_loss
 from mmstructkd.functional.divergence import channelwise_kl_loss, pixelwise_kl_loss
+from mmstructkd.functional.instance_temperature import bounded_temperature, instance_temperature_kl_loss
 from mmstructkd.functional.logits import (
     decoupled_kl_loss,
     dist_loss,
@@ -38,6 +40,7 @@ from mmstructkd.functional.logits import (
     weighted_soft_label_loss,
     zipf_label_loss,
 )
+from mmstructkd.functional.mutual_kl import mutual_kl_losses
 from mmstructkd.functional.nodes import cell_nodes, pool_nodes, unit_vectors
 from mmstructkd.functional.pixel_similarity import attention_residuals, pixel_similarity_loss
 from mmstructkd.functional.precision import full_precision
@@ -54,6 +57,8 @@ from mmstructkd.functional.relation import (
 )
 from mmstructkd.functional.resize import resize_labels, resize_map, resize_mask
 from mmstructkd.functional.sampling import draw_positions
+from mmstructkd.functional.score_fusion import fuse_scores, score_confidence
+from mmstructkd.functional.soft_target import constrained_soft_target, next_multiplier, soft_target_loss
 from mmstructkd.functional.softening import scale_gradient, standardize_logits
 from mmstructkd.functional.statistics import (
     attention_map,
@@ -69,14 +74,17 @@ __all__ = [
     'attention_residuals',
     'attention_transfer_loss',
     'binary_kl_loss',
+    'bounded_temperature',
     'box_average',
     'box_masks',
     'category_similarity_loss',
     'cell_nodes',
     'channelwise_kl_loss',
     'class_centers',
+    'constrained_soft_target',
     'correlation_congruence_loss',
     'critic_loss',
+    'cross_entropy_loss',
     'cross_image_kl_loss',
     'decoupled_kl_loss',
     'depth_l1_loss',
@@ -88,10 +96,12 @@ __all__ = [
     'focal_attention',
     'focal_feature_loss',
     'full_precision',
+    'fuse_scores',
     'gradient_matching_loss',
     'gradient_penalty',
     'hierarchical_context_loss',
     'inside_boxes',
+    'instance_temperature_kl_loss',
     'interclass_kl_matrix',
     'interclass_similarity_loss',
     'intra_class_variation_loss',
@@ -100,6 +110,8 @@ __all__ = [
     'map_logits',
     'masked_mean',
     'memory_kl_loss',
+    'mutual_kl_losses',
+    'next_multiplier',
     'normalize_depth',
     'ordinal_relation_loss',
     'pairwise_affinity_loss',
@@ -114,9 +126,11 @@ __all__ = [
     'resize_mask',
     'scale_gradient',
     'scale_shift_invariant_loss',
+    'score_confidence',
     'silog_loss',
     'similarity_preserving_loss',
     'sinkhorn_loss',
+    'soft_target_loss',
     'standardize_logits',
     'standardized_mse_loss',
     'unit_vectors',
