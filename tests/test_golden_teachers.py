@@ -98,3 +98,75 @@ def test_a_temperature_for_each_sample(name):
     student, temperature = golden.learner(case)
     loss = F.instance_temperature_kl_loss(student, case['teacher'], temperature=temperature)
     golden.check(case, [student, temperature], loss)
+
+
+def attention_sum(students, teachers):
+    return torch.stack([F.attention_transfer_loss(s, t) for s, t in zip(students, teachers, strict=True)]).sum()
+
+
+@case_names('frskd_attention*')
+def test_own_refined_features(name):
+    case = golden.load(name)
+    students = golden.learner(case)
+    golden.check(case, students, attention_sum(students, case['teacher']))
+
+
+@case_names('frskd_total*')
+def test_own_refined_scores_and_features(name):
+    case = golden.load(name)
+    students = golden.learner(case)
+    soft = F.pixelwise_kl_loss(students[0], case['teacher'][0], temperature=case['temperature'])
+    golden.check(case, students, case['alpha'] * soft + case['beta'] * attention_sum(students[1:], case['teacher'][1:]))
+
+
+@case_names('srd_statistics*')
+def test_mean_features(name):
+    case = golden.load(name)
+    student = golden.learner(case)
+    golden.check(case, student, F.spatial_mean_loss(student, case['teacher']))
+
+
+@case_names('srd_total*')
+def test_mean_features_and_the_teachers_classifier(name):
+    case = golden.load(name)
+    student = golden.learner(case)
+    weights = case['connector']
+    projected = torch.nn.functional.conv2d(student, weights['Connectors.0.weight'])
+    norm = (weights['Connectors.1.weight'], weights['Connectors.1.bias'])
+    projected = torch.nn.functional.batch_norm(projected, None, None, *norm, training=True).relu()
+    scores = torch.nn.functional.linear(projected.mean((2, 3)), *case['classifier'].values())
+    replay = F.feature_mse_loss(scores[..., None, None], case['teacher_logits'][..., None, None])
+    golden.check(case, student, F.spatial_mean_loss(projected, case['teacher']) + replay)
+
+
+@case_names('uda_mmd*')
+def test_domains_that_look_alike(name):
+    case = golden.load(name)
+    source, target = golden.learner(case)
+    golden.check(case, [source, target], F.mean_discrepancy_loss(source, target))
+
+
+@case_names('mcl_*peers*')
+def test_mutual_contrast(name):
+    case = golden.load(name)
+    peers = golden.learner(case)
+    parts = F.mutual_contrast_losses(
+        peers, labels=case['labels'], temperature=case['tau'], kd_temperature=case['temperature']
+    )
+    golden.close(torch.stack(parts).detach(), case['parts'])
+    loss = 0.1 * parts.within + parts.soft_within + 0.1 * parts.across + parts.soft_across
+    golden.check(case, peers, loss)
+
+
+@case_names('sns_variance*')
+def test_variance_of_channels(name):
+    case = golden.load(name)
+    student = golden.learner(case)
+    golden.check(case, student, F.variance_hinge_loss(student))
+
+
+@case_names('sns_covariance*')
+def test_covariance_of_channels(name):
+    case = golden.load(name)
+    student = golden.learner(case)
+    golden.check(case, student, F.covariance_loss(student))

@@ -19,6 +19,7 @@ from mmstructkd.functional.contrast import (
     sinkhorn_loss,
     wasserstein_contrast_loss,
 )
+from mmstructkd.functional.cosine_distance import cosine_distance_loss
 from mmstructkd.functional.cross_entropy import cross_entropy_loss
 from mmstructkd.functional.depth import (
     depth_l1_loss,
@@ -32,7 +33,10 @@ from mmstructkd.functional.depth import (
 )
 from mmstructkd.functional.detection import binary_kl_loss, edge_confidence, inside_boxes, localization_kl_loss
 from mmstructkd.functional.divergence import channelwise_kl_loss, pixelwise_kl_loss
+from mmstructkd.functional.feature_spread import covariance_loss, variance_hinge_loss
 from mmstructkd.functional.instance_temperature import bounded_temperature, instance_temperature_kl_loss
+from mmstructkd.functional.layer_bridge import bridge_loss, mix_layers
+from mmstructkd.functional.local_learning import gate_gradient, local_learning_loss
 from mmstructkd.functional.logits import (
     decoupled_kl_loss,
     dist_loss,
@@ -40,6 +44,8 @@ from mmstructkd.functional.logits import (
     weighted_soft_label_loss,
     zipf_label_loss,
 )
+from mmstructkd.functional.mean_discrepancy import mean_discrepancy_loss
+from mmstructkd.functional.mutual_contrast import MutualContrast, mutual_contrast_losses, prototype_contrast_loss
 from mmstructkd.functional.mutual_kl import mutual_kl_losses
 from mmstructkd.functional.nodes import cell_nodes, pool_nodes, unit_vectors
 from mmstructkd.functional.pixel_similarity import attention_residuals, pixel_similarity_loss
@@ -55,11 +61,13 @@ from mmstructkd.functional.relation import (
     relational_loss,
     similarity_preserving_loss,
 )
+from mmstructkd.functional.residual import residual_loss
 from mmstructkd.functional.resize import resize_labels, resize_map, resize_mask
 from mmstructkd.functional.sampling import draw_positions
 from mmstructkd.functional.score_fusion import fuse_scores, score_confidence
 from mmstructkd.functional.soft_target import constrained_soft_target, next_multiplier, soft_target_loss
 from mmstructkd.functional.softening import scale_gradient, standardize_logits
+from mmstructkd.functional.spatial_mean import spatial_mean_loss
 from mmstructkd.functional.statistics import (
     attention_map,
     attention_transfer_loss,
@@ -68,6 +76,7 @@ from mmstructkd.functional.statistics import (
 )
 
 __all__ = [
+    'MutualContrast',
     'adjacent_correlation_loss',
     'adversarial_loss',
     'attention_map',
@@ -77,12 +86,15 @@ __all__ = [
     'bounded_temperature',
     'box_average',
     'box_masks',
+    'bridge_loss',
     'category_similarity_loss',
     'cell_nodes',
     'channelwise_kl_loss',
     'class_centers',
     'constrained_soft_target',
     'correlation_congruence_loss',
+    'cosine_distance_loss',
+    'covariance_loss',
     'critic_loss',
     'cross_entropy_loss',
     'cross_image_kl_loss',
@@ -97,6 +109,7 @@ __all__ = [
     'focal_feature_loss',
     'full_precision',
     'fuse_scores',
+    'gate_gradient',
     'gradient_matching_loss',
     'gradient_penalty',
     'hierarchical_context_loss',
@@ -105,11 +118,15 @@ __all__ = [
     'interclass_kl_matrix',
     'interclass_similarity_loss',
     'intra_class_variation_loss',
+    'local_learning_loss',
     'local_structure_loss',
     'localization_kl_loss',
     'map_logits',
     'masked_mean',
+    'mean_discrepancy_loss',
     'memory_kl_loss',
+    'mix_layers',
+    'mutual_contrast_losses',
     'mutual_kl_losses',
     'next_multiplier',
     'normalize_depth',
@@ -119,8 +136,10 @@ __all__ = [
     'pixelwise_kl_loss',
     'pool_nodes',
     'present_classes',
+    'prototype_contrast_loss',
     'region_contrast_loss',
     'relational_loss',
+    'residual_loss',
     'resize_labels',
     'resize_map',
     'resize_mask',
@@ -131,9 +150,11 @@ __all__ = [
     'similarity_preserving_loss',
     'sinkhorn_loss',
     'soft_target_loss',
+    'spatial_mean_loss',
     'standardize_logits',
     'standardized_mse_loss',
     'unit_vectors',
+    'variance_hinge_loss',
     'virtual_normal_loss',
     'wasserstein_contrast_loss',
     'weighted_soft_label_loss',
