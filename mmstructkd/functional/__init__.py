@@ -6,7 +6,10 @@ returns an unweighted scalar of at least float32 and detaches the teacher.
 
 from mmstructkd.functional.adversarial import adversarial_loss, critic_loss, gradient_penalty
 from mmstructkd.functional.affinity import pairwise_affinity_loss
+from mmstructkd.functional.averaging import average_momentum, average_update
+from mmstructkd.functional.blending import blend, blended_cross_entropy_loss, blended_feature_loss, blended_kl_losses
 from mmstructkd.functional.boxes import box_masks, focal_attention, focal_feature_loss
+from mmstructkd.functional.chain_marginals import chain_cross_entropy_loss, chain_marginals
 from mmstructkd.functional.classes import (
     category_similarity_loss,
     interclass_kl_matrix,
@@ -21,6 +24,7 @@ from mmstructkd.functional.contrast import (
 )
 from mmstructkd.functional.cosine_distance import cosine_distance_loss
 from mmstructkd.functional.cross_entropy import cross_entropy_loss
+from mmstructkd.functional.cross_view_similarity import cross_view_similarity_loss, rows_worth_keeping
 from mmstructkd.functional.depth import (
     depth_l1_loss,
     depth_readings,
@@ -51,8 +55,11 @@ from mmstructkd.functional.nodes import cell_nodes, pool_nodes, unit_vectors
 from mmstructkd.functional.pixel_similarity import attention_residuals, pixel_similarity_loss
 from mmstructkd.functional.precision import full_precision
 from mmstructkd.functional.pyramid import hierarchical_context_loss
+from mmstructkd.functional.query_marginals import pool_probabilities, query_marginals
 from mmstructkd.functional.reduce import masked_mean
+from mmstructkd.functional.refinement import fuse_maps, refine_pyramid
 from mmstructkd.functional.region import box_average, class_centers, intra_class_variation_loss
+from mmstructkd.functional.regularization_share import regularization_share
 from mmstructkd.functional.relation import (
     adjacent_correlation_loss,
     correlation_congruence_loss,
@@ -63,7 +70,17 @@ from mmstructkd.functional.relation import (
 )
 from mmstructkd.functional.residual import residual_loss
 from mmstructkd.functional.resize import resize_labels, resize_map, resize_mask
+from mmstructkd.functional.route import equal_hardness_route, equal_interval_route, next_stop, route_stage
+from mmstructkd.functional.sample_selection import (
+    confident_pixels,
+    filter_by_quantile,
+    image_mean,
+    joint_confidence,
+    score_disagreement,
+    value_disagreement,
+)
 from mmstructkd.functional.sampling import draw_positions
+from mmstructkd.functional.schedules import adaptation_factor, exponential_factor, objective_weights
 from mmstructkd.functional.score_fusion import fuse_scores, score_confidence
 from mmstructkd.functional.soft_target import constrained_soft_target, next_multiplier, soft_target_loss
 from mmstructkd.functional.softening import scale_gradient, standardize_logits
@@ -74,23 +91,34 @@ from mmstructkd.functional.statistics import (
     feature_mse_loss,
     standardized_mse_loss,
 )
+from mmstructkd.functional.turning import joint_labels, turn_back, turn_maps
 
 __all__ = [
     'MutualContrast',
+    'adaptation_factor',
     'adjacent_correlation_loss',
     'adversarial_loss',
     'attention_map',
     'attention_residuals',
     'attention_transfer_loss',
+    'average_momentum',
+    'average_update',
     'binary_kl_loss',
+    'blend',
+    'blended_cross_entropy_loss',
+    'blended_feature_loss',
+    'blended_kl_losses',
     'bounded_temperature',
     'box_average',
     'box_masks',
     'bridge_loss',
     'category_similarity_loss',
     'cell_nodes',
+    'chain_cross_entropy_loss',
+    'chain_marginals',
     'channelwise_kl_loss',
     'class_centers',
+    'confident_pixels',
     'constrained_soft_target',
     'correlation_congruence_loss',
     'cosine_distance_loss',
@@ -98,26 +126,35 @@ __all__ = [
     'critic_loss',
     'cross_entropy_loss',
     'cross_image_kl_loss',
+    'cross_view_similarity_loss',
     'decoupled_kl_loss',
     'depth_l1_loss',
     'depth_readings',
     'dist_loss',
     'draw_positions',
     'edge_confidence',
+    'equal_hardness_route',
+    'equal_interval_route',
+    'exponential_factor',
     'feature_mse_loss',
+    'filter_by_quantile',
     'focal_attention',
     'focal_feature_loss',
     'full_precision',
+    'fuse_maps',
     'fuse_scores',
     'gate_gradient',
     'gradient_matching_loss',
     'gradient_penalty',
     'hierarchical_context_loss',
+    'image_mean',
     'inside_boxes',
     'instance_temperature_kl_loss',
     'interclass_kl_matrix',
     'interclass_similarity_loss',
     'intra_class_variation_loss',
+    'joint_confidence',
+    'joint_labels',
     'local_learning_loss',
     'local_structure_loss',
     'localization_kl_loss',
@@ -129,23 +166,32 @@ __all__ = [
     'mutual_contrast_losses',
     'mutual_kl_losses',
     'next_multiplier',
+    'next_stop',
     'normalize_depth',
+    'objective_weights',
     'ordinal_relation_loss',
     'pairwise_affinity_loss',
     'pixel_similarity_loss',
     'pixelwise_kl_loss',
     'pool_nodes',
+    'pool_probabilities',
     'present_classes',
     'prototype_contrast_loss',
+    'query_marginals',
+    'refine_pyramid',
     'region_contrast_loss',
+    'regularization_share',
     'relational_loss',
     'residual_loss',
     'resize_labels',
     'resize_map',
     'resize_mask',
+    'route_stage',
+    'rows_worth_keeping',
     'scale_gradient',
     'scale_shift_invariant_loss',
     'score_confidence',
+    'score_disagreement',
     'silog_loss',
     'similarity_preserving_loss',
     'sinkhorn_loss',
@@ -153,7 +199,10 @@ __all__ = [
     'spatial_mean_loss',
     'standardize_logits',
     'standardized_mse_loss',
+    'turn_back',
+    'turn_maps',
     'unit_vectors',
+    'value_disagreement',
     'variance_hinge_loss',
     'virtual_normal_loss',
     'wasserstein_contrast_loss',

@@ -74,5 +74,7 @@ def check(
     wanted = [case['grad']] if isinstance(case['grad'], Tensor) else case['grad']
     if value:
         close(loss.detach().reshape(()), case['loss'].reshape(()))
-    for got, want in zip(torch.autograd.grad(factor * loss, parts), wanted, strict=True):
+    # What learns nothing in the published code has a gradient of zeros there.
+    grads = torch.autograd.grad(factor * loss, parts, allow_unused=True, materialize_grads=True)
+    for got, want in zip(grads, wanted, strict=True):
         close(got, want)
