@@ -7,17 +7,13 @@ from __future__ import annotations
 
 import fnmatch
 
-import pytest
 import torch
 
 from mmstructkd import functional as F
 from mmstructkd.functional.cross_entropy import label_losses
 from tests import golden
+from tests.golden import case_names
 from tests.reference import refinement
-
-
-def case_names(pattern):
-    return pytest.mark.parametrize('name', golden.names(pattern))
 
 
 @case_names('frskd_kl_t*')

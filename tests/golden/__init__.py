@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -31,9 +32,13 @@ def names(pattern: str) -> list[str]:
     return found
 
 
+def case_names(pattern: str) -> pytest.MarkDecorator:
+    """Run a test on each case whose name fits, as its argument ``name``."""
+    return pytest.mark.parametrize('name', names(pattern))
+
+
 def load(name: str) -> dict[str, Any]:
     """Read a case."""
-    asked.add(name)
     return torch.load(FOLDER / f'{name}.pt', weights_only=True)
 
 
