@@ -11,14 +11,17 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import io
 import os
 import pickle
+import pickletools
 import re
 import tarfile
 import tempfile
 import urllib.error
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +48,11 @@ __all__ = [
 ]
 
 KEY = 'trust_checkpoint'
+SHOWN = 5
+
+#: Names outside of torch that its ``weights_only`` reads by itself.
+PLAIN = {f'builtins.{name}' for name in ('bytearray', 'complex', 'set')}
+PLAIN |= {'collections.Counter', 'collections.OrderedDict', '_codecs.encode'}
 
 # --- consent -------------------------------------------------------------------------------------------------
 
@@ -66,7 +74,7 @@ class Consent:
 IN_CONFIG = f'{KEY}=True at the top of the config, or --trust-checkpoint of the tools of mmstructkd'
 IN_TEACHER = f'{KEY}=True in `teacher`'
 ON_COMMAND_LINE = '--trust-checkpoint'
-_IN_CODE = '`with mmstructkd.checkpoints.trusted_checkpoints():` around the call'
+_IN_CODE = 'trusted_checkpoints() of mmstructkd.checkpoints around the call'
 
 _NOT_GIVEN = Consent(False, _IN_CODE)
 _consent: ContextVar[Consent] = ContextVar('consent', default=_NOT_GIVEN)
@@ -249,10 +257,9 @@ def read_file(
         CheckpointError: see :func:`read_checkpoint`.
     """
     consent = consent or _consent.get()
-    is_path = isinstance(file, (str, os.PathLike))
-    name = os.fspath(file) if is_path else getattr(file, 'name', 'the stream')
+    name = os.fspath(file) if isinstance(file, (str, os.PathLike)) else getattr(file, 'name', 'the stream')
     try:
-        with open(file, 'rb') if is_path else contextlib.nullcontext(file) as stream:
+        with _opened(file) as stream:
             _check_looks_whole(stream, str(name), consent)
     except OSError as err:
         raise CheckpointError(
@@ -266,10 +273,20 @@ def read_file(
     try:
         return torch.load(file, **options)
     except pickle.UnpicklingError as err:
-        raise CheckpointError(_refusal(str(name), str(err), consent)) from err
+        raise CheckpointError(_refusal(str(name), str(err), consent, _named_in(file))) from err
     except Exception as err:
         # Damage shows in as many ways as there are places in a file: from here on it is all one error.
         raise CheckpointError(_damage(str(name), err)) from err
+
+
+@contextlib.contextmanager
+def _opened(file: str | os.PathLike | IO[bytes]) -> Iterator[IO[bytes]]:
+    """A file open for reading, whether it is yet or not."""
+    if isinstance(file, (str, os.PathLike)):
+        with open(file, 'rb') as stream:
+            yield stream
+    else:
+        yield file
 
 
 def _check_looks_whole(stream: IO[bytes], file: str, consent: Consent) -> None:
@@ -294,11 +311,13 @@ def _check_looks_whole(stream: IO[bytes], file: str, consent: Consent) -> None:
         _check_archive(stream, file, consent)
     elif _is_tar(stream):
         if not consent.given:
+            names = _named_in(stream)
+            needs = f' (it needs {", ".join(map(repr, names[:SHOWN]))})' if names else ''
             # torch before 2.6 runs code of such a file with weights_only=True (CVE-2025-32434), later ones refuse it.
             raise CheckpointError(
                 f'read_checkpoint: {file!r} must hold weights and plain values only, got a tar archive, the format of '
-                f'torch before 0.1.10, which cannot be read without running code. If you know who made it, set '
-                f'{consent.how}; better, save its `state_dict` in a new file.'
+                f'torch before 0.1.10, which cannot be read without running code{needs}. If you know who made it, '
+                f'allow it with {consent.how}; better, save its `state_dict` in a new file.'
             )
     elif not head.startswith(b'\x80'):  # a pickle of protocol 2 or later: torch before 1.6
         raise CheckpointError(
@@ -358,23 +377,100 @@ def _damage(file: str, err: Exception) -> str:
     )
 
 
-def _refusal(file: str, reason: str, consent: Consent) -> str:
-    """Say what a refused file asked for."""
+def _refusal(file: str, reason: str, consent: Consent, named: Sequence[str]) -> str:
+    """Say what a refused file asked for.
+
+    Args:
+        file: its name.
+        reason: what torch says, which names the first thing it met.
+        consent: how the user allows it.
+        named: what the file names besides weights.
+    """
     asked = re.search(r'GLOBAL (\S+)', reason)
-    if consent.given or asked is None:
-        # torch wraps its reason into advice of several lines; the reason comes last.
-        detail = [line.strip() for line in reason.split('WeightsUnpickler error:')[-1].splitlines() if line.strip()]
-        text = next((line for line in detail if 'documentation' not in line), 'a damaged pickle')
+    names = list(named)
+    if asked is not None and not any(name.endswith(_now(asked[1])) for name in names):
+        names.insert(0, _now(asked[1]))
+    # torch wraps its reason into advice of several lines.
+    told = [line.strip() for line in reason.split('WeightsUnpickler error:')[-1].splitlines() if line.strip()]
+    detail = next((line for line in told if 'documentation' not in line), 'a damaged pickle')
+    if names and not consent.given:
+        listed = ', '.join(repr(name) for name in names[:SHOWN]) + (' and more' if len(names) > SHOWN else '')
         return (
-            f'read_checkpoint: {file!r} must be a whole checkpoint of torch, got one that cannot be read '
-            f'({text}). It is damaged, or needs more than weights; '
-            'download it again, or save only its `state_dict`.'
+            f'read_checkpoint: {file!r} must hold weights and plain values only, got one that needs {listed}, '
+            f'which could run code. If you know who made it, allow it with {consent.how}; '
+            'better, save only its `state_dict` in a new file.'
+        )
+    if 'Unsupported operand' in detail and not consent.given:
+        return (
+            f'read_checkpoint: {file!r} must be a pickle of protocol 2, as torch.save writes it, got another, which '
+            f'cannot be read without running code ({detail}). If you know who made it, allow it with {consent.how}; '
+            'better, save it anew with torch.save.'
         )
     return (
-        f'read_checkpoint: {file!r} must hold weights and plain values only, got one that needs {asked[1]!r}, '
-        f'which could run code. If you know who made it, set {consent.how}; '
-        'better, save only its `state_dict` in a new file.'
+        f'read_checkpoint: {file!r} must be a whole checkpoint of torch, got one that cannot be read ({detail}). '
+        'It is damaged, or needs more than weights; download it again, or save only its `state_dict`.'
     )
+
+
+def _named_in(file: str | os.PathLike | IO[bytes]) -> list[str]:
+    """List what the pickles in a file name besides weights, without running any of it; as far as they are whole."""
+    found: dict[str, None] = {}
+    # ValueError is what pickletools finds in a damaged pickle, and the two others in a damaged archive.
+    with contextlib.suppress(OSError, ValueError, zipfile.BadZipFile, tarfile.TarError), _opened(file) as stream:
+        stream.seek(0)
+        for part in _parts(stream):
+            while part.read(1) == b'\x80':  # one pickle after the other, and then the numbers
+                part.seek(-1, os.SEEK_CUR)
+                _collect(part, found)
+    plain = {f'{one.__module__}.{one.__qualname__}' for one in plain_types()} | PLAIN
+    return [name for name in found if name not in plain and not name.startswith('torch.')]
+
+
+def _parts(stream: IO[bytes]) -> Iterator[IO[bytes]]:
+    """The places in a file that hold pickles."""
+    if zipfile.is_zipfile(stream):
+        with zipfile.ZipFile(stream) as archive:
+            for name in archive.namelist():
+                if name.endswith('/data.pkl'):
+                    yield io.BytesIO(archive.read(name))
+        return
+    stream.seek(0)
+    if _is_tar(stream):
+        stream.seek(0)
+        with tarfile.open(fileobj=stream, mode='r:') as archive:
+            for member in archive:
+                if (part := archive.extractfile(member)) is not None:
+                    yield part
+        return
+    stream.seek(0)
+    yield stream
+
+
+def _collect(stream: IO[bytes], found: dict[str, None]) -> None:
+    """Enter the names of one pickle."""
+    words: list[str | None] = []
+    memo: dict[int, str | None] = {}
+    for code, argument, _ in pickletools.genops(stream):
+        if code.name in ('MEMOIZE', 'PUT', 'BINPUT', 'LONG_BINPUT'):
+            memo[len(memo) if argument is None else argument] = words[-1] if words else None
+            continue
+        if code.name in ('GET', 'BINGET', 'LONG_BINGET'):
+            words.append(memo.get(argument))
+        elif code.name == 'GLOBAL':
+            found[_now(argument.replace(' ', '.'))] = None
+            words.append(None)
+        elif code.name == 'STACK_GLOBAL':
+            found[_now('.'.join(str(word) for word in words[-2:]))] = None
+            words.append(None)
+        else:
+            words.append(argument if isinstance(argument, str) else None)
+
+
+def _now(name: str) -> str:
+    """A name as Python 3 has it: pickles of the old protocols keep those of Python 2."""
+    module, _, member = name.rpartition('.')
+    module, member = NAME_MAPPING.get((module, member), (IMPORT_MAPPING.get(module, module), member))
+    return f'{module}.{member}' if module else member
 
 
 # --- finding -------------------------------------------------------------------------------------------------
