@@ -302,6 +302,9 @@ def remove_after_saving() -> None:
 def _removing_later(original: Callable) -> Callable:
     @functools.wraps(original)
     def method(self: CheckpointHook, *args: Any, **kwargs: Any) -> None:
+        if not hasattr(self, 'file_backend'):  # a validation without training, which has nothing to remove
+            original(self, *args, **kwargs)
+            return
         backend = self.file_backend
         later = self.file_backend = _RemoveLater(backend)
         try:

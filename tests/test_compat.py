@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-import collections
-import functools
-import http.server
-import io
 import os
-import pickle
 import socket
 import stat
 import subprocess
 import sys
-import threading
-import types
 import uuid
-import zipfile
 from pathlib import Path
 
 import mmengine.runner
 import mmengine.runner.checkpoint
 import mmengine.runner.runner
-import numpy as np
 import pytest
 import torch
 from mmcv.ops import RoIAlign, nms
@@ -33,7 +24,6 @@ from mmengine.fileio import LocalBackend, register_backend
 from mmengine.fileio.backends import BaseStorageBackend
 from mmengine.fileio.backends.registry_utils import backends
 from mmengine.hooks import CheckpointHook
-from mmengine.logging import HistoryBuffer
 from mmengine.model import BaseModel, ImgDataPreprocessor
 from mmengine.registry import MODEL_WRAPPERS
 from mmengine.runner import Runner
@@ -42,7 +32,8 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from mmstructkd import compat
-from mmstructkd.errors import CheckpointError, ConfigError
+from mmstructkd.checkpoints import read_checkpoint
+from mmstructkd.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
 compat.install()
@@ -219,7 +210,7 @@ mmengine.runner.runner.save_checkpoint({{'w': torch.zeros(3)}}, path)
 """
     done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 9, done.stderr
-    assert compat.read_checkpoint(tmp_path / 'a.pth')['w'].tolist() == [1, 1, 1]
+    assert read_checkpoint(tmp_path / 'a.pth')['w'].tolist() == [1, 1, 1]
 
 
 def test_saved_file_has_the_rights_of_any_file_and_follows_links(tmp_path):
@@ -231,7 +222,7 @@ def test_saved_file_has_the_rights_of_any_file_and_follows_links(tmp_path):
     (tmp_path / 'link.pth').symlink_to(tmp_path / 'sub' / 'a.pth')
     save({'w': torch.zeros(1)}, str(tmp_path / 'link.pth'))
     assert (tmp_path / 'link.pth').is_symlink()
-    assert compat.read_checkpoint(tmp_path / 'sub' / 'a.pth')['w'] == 0
+    assert read_checkpoint(tmp_path / 'sub' / 'a.pth')['w'] == 0
 
 
 def test_other_back_ends_are_left_alone():
