@@ -20,10 +20,12 @@ __all__ = [
     'ShapeError',
     'TapError',
     'check_finite_number',
+    'check_flag',
     'check_ndim',
     'check_one_of',
     'check_positive',
     'check_same',
+    'shown',
     'suggest',
 ]
 
@@ -63,6 +65,38 @@ def suggest(name: str, known: Collection[str]) -> str:
     shown = sorted(known)
     listing = ', '.join(repr(n) for n in shown[:12])
     return f'Known: {listing}' + (f', and {len(shown) - 12} more.' if len(shown) > 12 else '.')
+
+
+def shown(value: Any, limit: int = 200) -> str:
+    """Return ``value`` as it is put into a message: on one line, and not the whole of a network or config.
+
+    Args:
+        value: what was got.
+        limit: characters after which it is cut.
+
+    Returns:
+        Its ``repr``; of a module its class, of another object whose ``repr``
+        has several lines the first of them.
+
+    Example:
+        >>> shown('a'), shown({'a': [1, 2]})
+        ("'a'", "{'a': [1, 2]}")
+    """
+    if hasattr(value, 'named_modules') and not isinstance(value, type):
+        return f'a built {type(value).__name__}'
+    lines = repr(value).splitlines() or ['']
+    cut = len(lines) > 1 or len(lines[0]) > limit
+    return lines[0][:limit].rstrip() + (' ...' if cut else '')
+
+
+def check_flag(owner: str, argument: str, value: Any) -> None:
+    """Raise :class:`ConfigError` unless ``value`` is ``True`` or ``False``.
+
+    ``'no'`` on a command line is a string, and every string with a letter in it
+    is true: it must not switch on what it says no to.
+    """
+    if not isinstance(value, bool):
+        raise ConfigError(f'{owner}: `{argument}` must be True or False, got {shown(value)}.')
 
 
 def check_one_of(owner: str, argument: str, value: Any, allowed: Collection[Any]) -> None:

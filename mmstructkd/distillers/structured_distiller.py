@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from mmstructkd.distillers.targets import collect_targets, head_of, probe_samples, probe_targets, task_of
 from mmstructkd.distillers.teacher import TeacherSource
 from mmstructkd.distillers.term import Term, parse_terms
-from mmstructkd.errors import CheckpointError, ConfigError
+from mmstructkd.errors import CheckpointError, ConfigError, shown
 from mmstructkd.functional.sharing import sharing
 from mmstructkd.registry import HOOKS, MODELS
 from mmstructkd.structures import Targets
@@ -118,6 +118,11 @@ class StructuredDistiller(BaseModel):
             student = ConfigDict(student) if not isinstance(student, ConfigDict) else student.copy()
             if data_preprocessor is not None:
                 student.setdefault('data_preprocessor', data_preprocessor)
+            if 'type' not in student:
+                raise ConfigError(
+                    f'StructuredDistiller: `student` must have a `type`, got keys {sorted(student)}. '
+                    'Write student=_base_.model.'
+                )
             student = MODELS.build(student)
         elif not isinstance(student, BaseModel):
             raise ConfigError(
@@ -141,7 +146,7 @@ class StructuredDistiller(BaseModel):
             return teacher
         if not isinstance(teacher, dict):
             raise ConfigError(
-                f'StructuredDistiller: `teacher` must be a dict, got {teacher!r}. '
+                f'StructuredDistiller: `teacher` must be a dict, got {shown(teacher)}. '
                 "Write teacher=dict(config='mmseg::...', checkpoint='...')."
             )
         try:

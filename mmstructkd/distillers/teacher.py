@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -11,12 +12,13 @@ import torch
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
+from mmstructkd.checkpoints import IN_TEACHER
 from mmstructkd.distillers.execution import Execution
 from mmstructkd.distillers.folding import fold_batch_norm
 from mmstructkd.distillers.loading import build_network, load_weights, model_config
 from mmstructkd.distillers.normalization import InputConversion
 from mmstructkd.distillers.teacher_cache import TeacherCache, hash_of, preprocessing, weights_hash
-from mmstructkd.errors import ConfigError, TapError
+from mmstructkd.errors import ConfigError, TapError, check_flag, shown
 from mmstructkd.registry import MODELS
 from mmstructkd.taps import Capture, Regions, Tap, in_region_head, probe_regions, tapped_forward
 
@@ -91,6 +93,8 @@ class FrozenTeacher(TeacherSource):
         allow_random: let parameters that the checkpoint does not give stay
             random; then ``checkpoint`` may be ``None``.
         trust_checkpoint: allow a checkpoint whose reading runs code.
+        prefix: take the part of the checkpoint whose keys begin so, without
+            that: ``'teacher.'`` of a SoftTeacher, ``'architecture.'`` of mmrazor.
         fuse_conv_bn: fold BatchNorm into the convolutions before it; see
             :func:`~mmstructkd.distillers.folding.fold_batch_norm`. Pairs that a
             tap names are left as they are.
@@ -111,7 +115,7 @@ class FrozenTeacher(TeacherSource):
     Raises:
         ConfigError: no config or no checkpoint, or an option out of range.
         CheckpointError: the checkpoint is not safe to read, or does not give
-            every parameter.
+            every parameter, or values that a trained network can have.
     """
 
     def __init__(
@@ -121,6 +125,7 @@ class FrozenTeacher(TeacherSource):
         allow_random: bool = False,
         trust_checkpoint: bool = False,
         *,
+        prefix: str | None = None,
         fuse_conv_bn: bool = False,
         channels_last: bool | None = None,
         dtype: str | None = None,
@@ -128,8 +133,12 @@ class FrozenTeacher(TeacherSource):
         every: int = 1,
         cache: Mapping[str, Any] | None = None,
     ) -> None:
-        if not isinstance(fuse_conv_bn, bool):
-            raise ConfigError(f'FrozenTeacher: `fuse_conv_bn` must be True or False, got {fuse_conv_bn!r}.')
+        flags = {'allow_random': allow_random, 'trust_checkpoint': trust_checkpoint, 'fuse_conv_bn': fuse_conv_bn}
+        for name, flag in flags.items():
+            check_flag('FrozenTeacher', name, flag)
+        for name, text in (('checkpoint', checkpoint), ('prefix', prefix)):
+            if text is not None and not isinstance(text, (str, os.PathLike) if name == 'checkpoint' else str):
+                raise ConfigError(f'FrozenTeacher: `{name}` must be a string, got {shown(text)}.')
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise ConfigError(f'FrozenTeacher: `every` must be a whole number of at least 1, got {every!r}.')
         self.fuse_conv_bn, self.every = fuse_conv_bn, every
@@ -140,7 +149,8 @@ class FrozenTeacher(TeacherSource):
                 'Give a path or URL (allow_random=True distils from a random teacher).'
             )
         self.config = config if isinstance(config, str) else 'inline'
-        self.checkpoint = checkpoint
+        self.checkpoint = None if checkpoint is None else os.fspath(checkpoint)
+        self.prefix = prefix
         self.hash: str | None = None
         network = build_network(config, 'FrozenTeacher')
         if checkpoint is None:
@@ -148,10 +158,13 @@ class FrozenTeacher(TeacherSource):
         else:
             self.hash = load_weights(
                 network,
-                checkpoint,
+                self.checkpoint,
                 owner='FrozenTeacher',
                 allow_random=allow_random,
                 trust_checkpoint=trust_checkpoint,
+                how=IN_TEACHER,
+                prefix=prefix or '',
+                prefix_key='prefix={} in `teacher`',
             )
         self.cache: TeacherCache | None = None
         self._made_of = ''
@@ -319,4 +332,5 @@ class FrozenTeacher(TeacherSource):
             'config': self.config,
             'checkpoint': self.checkpoint,
             'sha256': self.hash,
+            **({'prefix': self.prefix} if self.prefix else {}),
         }

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mmstructkd.errors import ConfigError, ShapeError, check_ndim, check_one_of, check_same
+from mmstructkd.errors import ConfigError, ShapeError, check_flag, check_ndim, check_one_of, check_same
 from mmstructkd.functional.nodes import pool_nodes
 from mmstructkd.functional.precision import exact_matmul, full_precision
 from mmstructkd.functional.reduce import masked_mean, valid_pixels
@@ -193,6 +193,7 @@ def interclass_similarity_loss(
     owner = 'interclass_similarity_loss'
     check_temperature(owner, temperature)
     check_one_of(owner, 'mode', mode, MODES)
+    check_flag(owner, 'normalize', normalize)
     check_ndim(owner, 'student', student, 4, '(B, C, H, W)')
     check_ndim(owner, 'teacher', teacher, 4, '(B, C, H, W)')
     check_same(owner, student, teacher, (0, 1, 2, 3), 'B, C, H and W', _WAY_OUT)

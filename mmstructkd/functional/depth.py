@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as torch_functional
 from torch import Tensor
 
-from mmstructkd.errors import ConfigError, ShapeError, check_finite_number, check_positive, check_same
+from mmstructkd.errors import ConfigError, ShapeError, check_finite_number, check_flag, check_positive, check_same
 from mmstructkd.functional.precision import full_precision
 from mmstructkd.functional.reduce import masked_mean, mean_of_sum, valid_pixels
 from mmstructkd.functional.sampling import draw_positions
@@ -192,6 +192,7 @@ def silog_loss(
     """
     owner = 'silog_loss'
     check_positive(owner, 'eps', eps)
+    check_flag(owner, 'root', root)
     _check_share(owner, 'variance_weight', variance_weight)
     depth_s, depth_t, counts = _prepare(owner, student, teacher, valid)
     gap = _log(depth_s, eps) - _log(depth_t, eps)
@@ -285,6 +286,7 @@ def scale_shift_invariant_loss(
     """
     owner = 'scale_shift_invariant_loss'
     check_positive(owner, 'eps', eps)
+    check_flag(owner, 'robust', robust)
     depth_s, depth_t, counts = _prepare(owner, student, teacher, valid)
     if not robust:
         return masked_mean((_align(depth_s, depth_t, counts, eps) - depth_t) ** 2, counts)
@@ -350,6 +352,7 @@ def gradient_matching_loss(
     """
     owner = 'gradient_matching_loss'
     check_positive(owner, 'eps', eps)
+    check_flag(owner, 'align', align)
     _check_count(owner, 'scales', scales)
     depth_s, depth_t, counts = _prepare(owner, student, teacher, valid)
     if align:
@@ -647,6 +650,7 @@ def normalize_depth(
     """
     owner = 'normalize_depth'
     check_positive(owner, 'eps', eps)
+    check_flag(owner, 'log', log)
     shape = depth.shape
     depth, reference, counts = _prepare(owner, depth, reference, valid, ('depth', 'reference'))
     if log:

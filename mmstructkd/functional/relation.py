@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as torch_functional
 from torch import Tensor
 
-from mmstructkd.errors import ConfigError, check_finite_number, check_ndim, check_positive, check_same
+from mmstructkd.errors import ConfigError, check_finite_number, check_flag, check_ndim, check_positive, check_same
 from mmstructkd.functional.affinity import _offsets, _shifted, _wide
 from mmstructkd.functional.nodes import (
     as_sets,
@@ -459,6 +459,7 @@ def local_structure_loss(
     if isinstance(radius, bool) or not isinstance(radius, int) or radius < 1:
         raise ConfigError(f'{owner}: `radius` must be an integer of at least 1, got {radius!r}.')
     check_temperature(owner, temperature)
+    check_flag(owner, 'include_self', include_self)
     check_ndim(owner, 'student', student, 4, '(B, D, H, W)')
     check_ndim(owner, 'teacher', teacher, 4, '(B, D, H, W)')
     check_same(

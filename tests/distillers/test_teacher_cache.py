@@ -17,7 +17,7 @@ from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
-from mmstructkd.compat import read_checkpoint
+from mmstructkd.checkpoints import read_checkpoint
 from mmstructkd.distillers import FrozenTeacher, StructuredDistiller
 from mmstructkd.distillers.loading import build_network
 from mmstructkd.distillers.tap_store import TapStore, narrow, widen

@@ -13,7 +13,7 @@ from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from torch import nn
 
-from mmstructkd.compat import read_checkpoint
+from mmstructkd.checkpoints import read_checkpoint
 from mmstructkd.distillers import FrozenTeacher, StructuredDistiller, execution
 from mmstructkd.distillers.folding import fold_batch_norm
 from mmstructkd.distillers.loading import build_network
