@@ -417,8 +417,7 @@ class TeacherCache:
         if size == probed:
             return shapes == wanted
         return len(shapes) == len(wanted) and all(
-            one == two
-            or (len(one) == len(two) == 4 and one[1] == two[1] and _one_stride((one, size), (two, probed)))
+            one == two or (len(one) == len(two) == 4 and one[1] == two[1] and _one_stride((one, size), (two, probed)))
             for one, two in zip(shapes, wanted, strict=True)
         )
 
