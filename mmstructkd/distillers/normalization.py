@@ -116,12 +116,8 @@ class InputConversion:
             )
         (mean_s, std_s), (mean_t, std_t) = statistics.values()
         self.channels = max(widths.values())
-        self.flip = swaps_channels(student) != swaps_channels(teacher)
-        if self.flip and self.channels > 3:
-            raise ConfigError(
-                'FrozenTeacher: `bgr_to_rgb` and `rgb_to_bgr` of its data preprocessor must be those of the student '
-                f'where there are not three channels, got {self.channels} channels. Set both alike.'
-            )
+        # more than three are no colours, and no preprocessor swaps them
+        self.flip = self.channels <= 3 and swaps_channels(student) != swaps_channels(teacher)
         mean_s, std_s, mean_t, std_t = torch.broadcast_tensors(mean_s, std_s, mean_t, std_t)
         if self.flip:
             mean_s, std_s = mean_s.flip(0), std_s.flip(0)
@@ -242,7 +238,7 @@ def _try(preprocessor: nn.Module, owner: str, mean: Tensor, std: Tensor) -> None
     """Compare what a preprocessor makes of noise with what its ``mean`` and ``std`` say."""
     generator = torch.Generator().manual_seed(0)
     channels = len(mean) if len(mean) > 1 else 3
-    order = [2, 1, 0] if swaps_channels(preprocessor) else slice(None)
+    order = [2, 1, 0] if channels == 3 and swaps_channels(preprocessor) else slice(None)
     for brightest in (255, 31):  # what depends on the image itself differs between a light and a dark one
         image = torch.randint(0, brightest + 1, (channels, 32, 64), generator=generator, dtype=torch.uint8)
         size = tuple(image.shape[1:])
