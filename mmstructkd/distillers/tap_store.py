@@ -11,6 +11,7 @@ import contextlib
 import json
 import math
 import os
+import stat
 import tempfile
 import time
 import zlib
@@ -255,6 +256,9 @@ class TapStore:
         """
         path = self.path(key)
         try:
+            state = path.stat()
+            if not stat.S_ISREG(state.st_mode) or state.st_size > self.limit:
+                return None  # not written here
             content = bytearray(path.read_bytes())
         except OSError:
             return None
