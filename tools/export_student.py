@@ -118,8 +118,9 @@ def load_as_users_do(cfg: Config, path: Path, framework: str) -> nn.Module:
 
 def outputs_of(model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, ...]:
     """Run ``mode='tensor'`` in eval and flatten what it gives."""
+    model.eval()  # which need not return the model
     with torch.no_grad():
-        return all_tensors(model.eval()(batch['inputs'], batch['data_samples'], mode='tensor'))
+        return all_tensors(model(batch['inputs'], batch['data_samples'], mode='tensor'))
 
 
 def verify(path: Path, cfg: Config, reference: BaseModel, batch: dict[str, Any]) -> None:
@@ -311,8 +312,9 @@ def compare_onnx(network: nn.Module, path: Path, inputs: Tensor, tolerance: floa
 
 def complexity(model: BaseModel, size: tuple[int, int]) -> str:
     """Say how large a model is, and what an image of ``size`` costs."""
+    model.eval()
     try:
-        cost = f'{multiply_adds(model.eval(), size) / 1e9:.3f} G multiply-adds at {size[0]}x{size[1]}'
+        cost = f'{multiply_adds(model, size) / 1e9:.3f} G multiply-adds at {size[0]}x{size[1]}'
     except Exception as err:
         # A number for information: a network that cannot be traced is exported all the same.
         cost = f'multiply-adds not counted ({type(err).__name__})'

@@ -170,9 +170,7 @@ class Execution:
                     prepared, inputs, data_samples, taps, calls=calls, clone=clone, regions=regions
                 )
                 records = capture.records
-        if self.low is None:
-            return records
-        # Connectors that take the teacher's side, and resizing, are no place for half precision.
+        # Connectors that take the teacher's side, and resizing, are no place for half precision, whoever asked for it.
         return {tap: [_at_least_float32(tensor) for tensor in tensors] for tap, tensors in records.items()}
 
     def _prepared(self, network: nn.Module) -> nn.Module:

@@ -247,4 +247,5 @@ def load_student(cfg: Config, checkpoint: str, *, owner: str, trust_checkpoint: 
     plain = student_config(cfg)
     network = build_network({key: plain.get(key) for key in ('model', 'default_scope', 'data_preprocessor')}, owner)
     load_weights(network, checkpoint, owner=owner, trust_checkpoint=trust_checkpoint)
-    return network.eval()
+    network.eval()  # which need not return the network
+    return network

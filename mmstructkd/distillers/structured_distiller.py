@@ -16,14 +16,14 @@ from mmengine.model import BaseModel
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
-from mmstructkd.distillers.targets import collect_targets, head_of, probe_samples, probe_targets, task_of
+from mmstructkd.distillers.targets import branches_of, collect_targets, head_of, probe_samples, probe_targets, task_of
 from mmstructkd.distillers.teacher import TeacherSource
 from mmstructkd.distillers.term import Term, parse_terms
 from mmstructkd.errors import CheckpointError, ConfigError, shown
 from mmstructkd.functional.sharing import sharing
 from mmstructkd.registry import HOOKS, MODELS
 from mmstructkd.structures import Targets
-from mmstructkd.taps import Capture, RegionRecorder, Regions, Tap, probe_regions, tapped_forward
+from mmstructkd.taps import Capture, RegionRecorder, Regions, Tap, pair_stages, probe_regions, tapped_forward
 
 __all__ = ['StructuredDistiller']
 
@@ -134,6 +134,9 @@ class StructuredDistiller(BaseModel):
         with random_state_kept():
             self.terms = parse_terms(terms)
             self._check_student_taps()
+            self._stages = pair_stages((t.name, t.student_taps, t.teacher_taps) for t in self.terms.values())
+            for term in self.terms.values():
+                term.branches = branches_of(self.student)
             self._teacher = self._build_teacher(teacher)
             self._teacher.attach(self.student)
             self._probe()
@@ -216,6 +219,8 @@ class StructuredDistiller(BaseModel):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StructuredDistiller:
         """Move the teacher along with ``.to()``, ``.cuda()`` and the like."""
         super()._apply(fn, recurse)
+        for network in _hidden_networks(self.student):
+            network._apply(fn)
         self._teacher.move(fn)
         for term in self.terms.values():
             term.attach(getattr(self._teacher, 'network', None))  # a move may have made a copy of it
@@ -298,7 +303,9 @@ class StructuredDistiller(BaseModel):
             teacher = self._teacher.observe(inputs, data_samples, teacher_taps)
         student_taps = [tap for term in terms for tap in term.student_taps]
         with (
-            RegionRecorder(self.student) if on_regions else contextlib.nullcontext() as recorder,
+            RegionRecorder(self.student, student_taps, self._stages)
+            if on_regions
+            else contextlib.nullcontext() as recorder,
             Capture(self.student, student_taps, clone=self._clone) as capture,
         ):
             losses = self.student(inputs, data_samples, mode='loss')
@@ -410,6 +417,15 @@ def _keep_student_only(module: nn.Module, state_dict: dict[str, Tensor], prefix:
             value = metadata.pop(key)
             if key.startswith(inner):
                 metadata[prefix + key[len(inner) :]] = value
+
+
+def _hidden_networks(network: nn.Module) -> list[nn.Module]:
+    """Networks that modules hold as plain attributes, as mmdet's own distillers hold their teacher.
+
+    These move them in a ``.to()`` of their own, which a module that holds the
+    student does not call.
+    """
+    return [one for module in network.modules() for one in vars(module).values() if isinstance(one, nn.Module)]
 
 
 def _num_classes(network: nn.Module | None) -> int | None:

@@ -13,7 +13,16 @@ from torch import Tensor, nn
 from mmstructkd.distillers.normalization import valid_area
 from mmstructkd.structures import Targets
 
-__all__ = ['collect_targets', 'head_of', 'probe_samples', 'probe_targets', 'region_targets', 'task_of']
+__all__ = [
+    'branches_of',
+    'collect_targets',
+    'head_of',
+    'probe_samples',
+    'probe_targets',
+    'region_targets',
+    'repeat_targets',
+    'task_of',
+]
 
 FOREGROUND_IOU = 0.5
 
@@ -91,7 +100,32 @@ def _instances(samples: Sequence[Any] | None, name: str, device: torch.device) -
     return tuple(getattr(value, 'tensor', value).to(device) for value in fields)  # mmdet may wrap boxes
 
 
-def region_targets(targets: Targets, regions: Tensor) -> Targets:
+def branches_of(network: nn.Module) -> int:
+    """How many copies of the batch a network trains on: the branches of a TridentNet, else 1."""
+    return int(getattr(getattr(network, 'backbone', None), 'num_branch', 1))
+
+
+def repeat_targets(targets: Targets, times: int) -> Targets:
+    """The targets of a batch that a network has copied, one copy after the other.
+
+    Args:
+        targets: of the batch.
+        times: number of copies.
+
+    Returns:
+        What is known of each row.
+    """
+
+    def repeated(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return value * times
+        return None if value is None else value.repeat(times, *[1] * (value.dim() - 1))
+
+    fields = ('labels', 'valid', 'images', 'boxes', 'box_labels', 'depth')
+    return dataclasses.replace(targets, **{name: repeated(getattr(targets, name)) for name in fields})
+
+
+def region_targets(targets: Targets, regions: Tensor | None) -> Targets:
     """What is known of pooled regions: their labels; maps of the image do not apply.
 
     A region has the label of the true box that it overlaps most, at an IoU of
@@ -99,18 +133,21 @@ def region_targets(targets: Targets, regions: Tensor) -> Targets:
 
     Args:
         targets: of the batch.
-        regions: shape (R, 5), the number of the image first.
+        regions: shape (R, 5), the number of the image first, which goes on
+            behind the batch where a network has copied that; ``None``: not known.
 
     Returns:
         ``labels`` of shape (R,), where the batch has boxes; no masks.
     """
     labels = None
-    if targets.boxes is not None and targets.box_labels is not None and targets.num_classes is not None:
+    known = None not in (targets.boxes, targets.box_labels, targets.num_classes)
+    if known and regions is not None:
         labels = torch.full((len(regions),), targets.num_classes, dtype=torch.int64, device=regions.device)
+        images = regions[:, 0].remainder(len(targets.boxes))
         for image, (boxes, classes) in enumerate(zip(targets.boxes, targets.box_labels, strict=True)):
             if len(boxes):
                 overlap, nearest = _iou(regions[:, 1:], boxes).max(dim=1)
-                mine = (regions[:, 0] == image) & (overlap >= FOREGROUND_IOU)
+                mine = (images == image) & (overlap >= FOREGROUND_IOU)
                 labels = torch.where(mine, classes[nearest], labels)
     return Targets(labels=labels, ignore_index=-1, num_classes=targets.num_classes, input_size=targets.input_size)
 

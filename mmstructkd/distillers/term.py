@@ -14,14 +14,14 @@ from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from mmstructkd.distillers.schedule import WeightSchedule
-from mmstructkd.distillers.targets import region_targets
+from mmstructkd.distillers.targets import region_targets, repeat_targets
 from mmstructkd.errors import ConfigError, ShapeError, TapError, check_finite_number, check_one_of, suggest
 from mmstructkd.functional.resize import resize_map
 from mmstructkd.functional.sharing import once
 from mmstructkd.losses.base import DistillLoss
 from mmstructkd.registry import MODELS
 from mmstructkd.structures import Targets
-from mmstructkd.taps import Regions, Tap, in_region_head
+from mmstructkd.taps import Regions, Tap, in_region_head, shows_regions
 
 __all__ = ['Level', 'Term', 'parse_terms']
 
@@ -103,6 +103,7 @@ class Term(nn.Module):
         self.connectors = nn.ModuleList()
         self.joint = False
         self.order: tuple[int, ...] | None = None  # the teacher's tensor for each of the student's
+        self.branches = 1  # copies of the batch that the student trains on, see branches_of
         self.levels: tuple[Level, ...] = ()
         self.log_keys: tuple[str, ...] = ()
 
@@ -192,6 +193,14 @@ class Term(nn.Module):
             sides.append([tensor for tap in taps for tensor in records[tap]])
         if self.order is not None:
             sides[1] = [sides[1][place] for place in self.order]
+        if self.branches > 1:  # a teacher that has not copied the batch shows each copy the same
+            rows = [len(tensor) for tensor in sides[0]]
+            sides[1] = [
+                t.repeat(self.branches, *[1] * (t.dim() - 1))
+                if rows[min(place, len(rows) - 1)] == self.branches * len(t)
+                else t
+                for place, t in enumerate(sides[1])
+            ]
         return sides[0], sides[1]
 
     def pairs(self, student: Records, teacher: Records) -> list[tuple[Tensor, Tensor]]:
@@ -213,10 +222,16 @@ class Term(nn.Module):
         if self.joint:
             teachers = (teachers + teachers[-1:] * len(students))[: len(students)]
         elif len(students) != len(teachers):
+            way_out = 'Pick levels by index or list.'
+            if self.branches > 1:
+                way_out = (
+                    f'The student trains with {self.branches} branches, and a module inside them runs once for each: '
+                    'tap the stage that holds it, whose output has all of them.'
+                )
             raise TapError(
                 f'term {self.name!r}: `tap` must give as many tensors of the student as of the teacher, '
                 f'got {len(students)} and {len(teachers)} ({[str(t) for t in self.student_taps]} and '
-                f'{[str(t) for t in self.teacher_taps]}). Pick levels by index or list.'
+                f'{[str(t) for t in self.teacher_taps]}). {way_out}'
             )
         return list(zip(students, teachers, strict=True))
 
@@ -458,18 +473,17 @@ class Term(nn.Module):
         """
         if not (self.active or all_parts):
             return {f'loss_kd_{self.name}': self.silence()}
-        if self.on_regions and regions is not None:
-            mask = any('.mask_' in tap.module for tap in self.student_taps)
-            targets = region_targets(targets, (regions.masks if mask else regions.boxes)[0])
+        known = self._known(student, targets, regions)
         parts: dict[str, list[Tensor]] = {}
         if not self.joint:
             self.pairs(student, teacher)  # an equal number of both
-        for loss, pair in zip(
-            self.losses, self._comparable(*self.tensors(student, teacher), targets.input_size), strict=True
-        ):
+        made = self._comparable(*self.tensors(student, teacher), targets.input_size)
+        for place, (loss, pair) in enumerate(zip(self.losses, made, strict=True)):
+            mine, regional = known[min(place, len(known) - 1)]
             # a region has one label, which does not spread over a map of it
-            spread = self.on_regions and pair[0].dim() == 4
-            value = loss(*pair, dataclasses.replace(targets, labels=None) if spread else targets)
+            if regional and mine.labels is not None and (pair[0].dim() == 4 or len(pair[0]) != len(mine.labels)):
+                mine = dataclasses.replace(mine, labels=None)
+            value = loss(*pair, mine)
             for part, number in (value if isinstance(value, dict) else {'': value}).items():
                 parts.setdefault(part, []).append(number)
         out = {}
@@ -477,6 +491,22 @@ class Term(nn.Module):
             factor = self.pace if part else self.pace * self.factor
             out[f'loss_kd_{self.name}' + (f'_{part}' if part else '')] = torch.stack(numbers).mean() * factor
         return out
+
+    def _known(self, student: Records, targets: Targets, regions: Regions | None) -> list[tuple[Targets, bool]]:
+        """For each tensor of the student what is known of its rows, and whether these are regions."""
+        known = []
+        for tap in self.student_taps:
+            calls = student[tap]
+            for call, tensor in enumerate(calls):
+                regional = regions is not None and shows_regions(tap)
+                copied = self.branches > 1 and targets.images is not None
+                mine = targets
+                if regional:
+                    mine = region_targets(targets, regions.behind(tap, call, len(calls)))
+                elif copied and len(tensor) == self.branches * len(targets.images):
+                    mine = repeat_targets(targets, self.branches)
+                known.append((mine, regional))
+        return known
 
     def silence(self) -> Tensor:
         """A zero that reaches every parameter of the term, so that DDP waits for none."""
