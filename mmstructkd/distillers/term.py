@@ -99,6 +99,7 @@ class Term(nn.Module):
         self.schedule = WeightSchedule.from_config(schedule, owner)
         self.factor = self.schedule.factor(0, 1)
         self.pace = 1.0  # of the teacher, see TeacherSource.pace
+        self.used = False  # since the last update; what is not used does not move in it
         self.losses = nn.ModuleList([self._build_loss()])
         self.connectors = nn.ModuleList()
         self.joint = False
@@ -458,6 +459,7 @@ class Term(nn.Module):
         """
         if not (self.active or all_parts):
             return {f'loss_kd_{self.name}': self.silence()}
+        self.used = self.used or torch.is_grad_enabled()
         if self.on_regions and regions is not None:
             mask = any('.mask_' in tap.module for tap in self.student_taps)
             targets = region_targets(targets, (regions.masks if mask else regions.boxes)[0])
