@@ -266,6 +266,10 @@ class StructuredDistiller(BaseModel):
             self.last_step.losses = {name: value.detach() for name, value in logged.items()}
         return total, logged
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Copy and pickle without the batch of the last step."""
+        return {**self.__dict__, 'last_step': None}
+
     def explain(self, **found: Any) -> Fault:
         """Tell what is wrong with the last training step, and who brought it in.
 

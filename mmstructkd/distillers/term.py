@@ -19,6 +19,7 @@ from mmstructkd.errors import ConfigError, ShapeError, TapError, check_finite_nu
 from mmstructkd.functional.resize import resize_map
 from mmstructkd.functional.sharing import once
 from mmstructkd.losses.base import DistillLoss
+from mmstructkd.optim import check_optimizer
 from mmstructkd.registry import MODELS
 from mmstructkd.structures import Targets
 from mmstructkd.taps import Regions, Tap, in_region_head
@@ -151,6 +152,8 @@ class Term(nn.Module):
                 f'term {self.name!r}: `loss` must be a distillation loss, got {type(loss).__name__}. '
                 'Losses of mmseg and mmdet compare with labels; subclass mmstructkd.losses.DistillLoss.'
             )
+        if loss.own_optimizer is not None:
+            check_optimizer(f'term {self.name!r}', loss.own_optimizer)
         return loss
 
     @property
