@@ -207,6 +207,15 @@ def _own(
                 1,
             )
     labels = {name: ailing for name, label in _labels(record) if (ailing := ailment(label))}
+    if not bad and gradients and all(name.startswith("term '") for name in gradients):
+        where = next(iter(gradients))
+        return Fault(
+            '',
+            part_of(where),
+            f'Side: {part_of(where)} of {where.partition(":")[0]}. All tensors that the terms use are finite.',
+            'Lower the learning rate, or clip gradients: clip_grad.',
+            1,
+        )
     terms = _terms_of([*bad, *culprits], record)
     if labels and (bad or gradients):
         return Fault('', 'labels', f'Side: labels. {_listed(labels)}.', 'Look at these files and at the pipeline.', 1)
@@ -219,15 +228,6 @@ def _own(
             f'Lower the learning rate, or switch the term off with loss_weight=0: {named}.',
             1,
         )
-    if not bad and gradients:
-        where = next(iter(gradients))
-        if where.startswith("term '"):
-            return Fault(
-                '',
-                part_of(where),
-                f'Side: {part_of(where)}. All tensors that the terms use are finite.',
-                'Lower the learning rate, or clip gradients: clip_grad.',
-            )
     own = f' Its own loss: {", ".join(culprits or bad)}.' if culprits or bad else ''
     return Fault(
         '',

@@ -83,10 +83,14 @@ class DistillOptimWrapperConstructor:
             getattr(module, name) for module in model.terms.modules() for name in getattr(module, 'no_weight_decay', ())
         }
         decayed, undecayed = [p for p in shared if p not in bare], [p for p in shared if p in bare]
-        if decayed:
-            wrapper.optimizer.add_param_group({'params': decayed})
-        if undecayed:
-            wrapper.optimizer.add_param_group({'params': undecayed, 'weight_decay': 0.0})
+        names = {id(p): name for name, p in model.named_parameters()}
+        for params, settings in ((decayed, {}), (undecayed, {'weight_decay': 0.0})):
+            group = {'params': params, **settings}
+            # constructors that decay by layer name their parameters, and torch wants all groups to do so, or none
+            if any('param_names' in known for known in wrapper.optimizer.param_groups):
+                group['param_names'] = [names[id(p)] for p in params]
+            if params:
+                wrapper.optimizer.add_param_group(group)
         if own:
             owners = {id(p): f'term {name!r}' for name, term in model.terms.items() for p in term.parameters()}
             parts = [build_optimizer(owners[id(params[0])], settings, params) for settings, params in own]

@@ -239,9 +239,8 @@ class DistillStep(OptimWrapper):
         gradients, buffers = verdict.ailing()
         record = self._model.last_step
         alone = get_world_size() == 1
-        culprits: list[str] = []
-        if alone and gradients and record is not None and all(bool(v.isfinite().all()) for v in record.losses.values()):
-            culprits = self._culprits()
+        finite = record is not None and all(bool(v.isfinite().all()) for v in record.losses.values())
+        culprits = self._culprits(set(gradients)) if alone and gradients and finite else []
         fault = self._model.explain(gradients=gradients, buffers=buffers, culprits=culprits)
         self._model.last_step = None
         iteration = self.message_hub.get_info('iter', None)
@@ -255,12 +254,16 @@ class DistillStep(OptimWrapper):
         named = [f'rank {rank}: {found}' for rank, found in enumerate(faults) if found.evidence == most]
         return f'{head}{reason}{" ".join(named)}'
 
-    def _culprits(self) -> list[str]:
-        """Names of the losses whose gradient alone is not finite: the step is run again and each one differentiated."""
+    def _culprits(self, gradients: set[str]) -> list[str]:
+        """Losses that alone make such gradients: the step is run again and each loss differentiated.
+
+        None where every loss that reaches these parameters does: then it is none of the losses.
+        """
         model = self._model
         record = model.last_step
-        weights = [p for p in model.parameters() if p.requires_grad]
+        weights = [p for slot, p in self._parameters() if slot.name in gradients]
         found: list[str] = []
+        reach = 0
         try:
             with torch.enable_grad():
                 with self.optim_context(model):
@@ -269,6 +272,7 @@ class DistillStep(OptimWrapper):
                 names = [name for name in values if 'loss' in name and name != 'loss' and values[name].requires_grad]
                 for name in names:
                     grads = torch.autograd.grad(values[name], weights, retain_graph=True, allow_unused=True)
+                    reach += any(grad is not None for grad in grads)
                     if not all(bool(grad.isfinite().all()) for grad in grads if grad is not None):
                         found.append(name)
         except Exception as err:
@@ -281,7 +285,7 @@ class DistillStep(OptimWrapper):
             return []
         finally:
             model.last_step = record
-        return found if len(found) < len(names) else []
+        return [] if len(found) == reach > 1 else found
 
 
 @dataclass(frozen=True)
