@@ -455,7 +455,10 @@ def remove_after_saving() -> None:
 def _removing_later(original: Callable) -> Callable:
     @functools.wraps(original)
     def method(self: CheckpointHook, *args: Any, **kwargs: Any) -> None:
-        backend = self.file_backend
+        backend = getattr(self, 'file_backend', None)
+        if backend is None:  # of a validation alone, which saves nothing: the hook gets it when a training begins
+            original(self, *args, **kwargs)
+            return
         later = self.file_backend = _RemoveLater(backend)
         try:
             original(self, *args, **kwargs)
