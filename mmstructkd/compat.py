@@ -302,10 +302,10 @@ def remove_after_saving() -> None:
 def _removing_later(original: Callable) -> Callable:
     @functools.wraps(original)
     def method(self: CheckpointHook, *args: Any, **kwargs: Any) -> None:
-        if not hasattr(self, 'file_backend'):  # a validation without training, which has nothing to remove
+        backend = getattr(self, 'file_backend', None)
+        if backend is None:  # of a validation alone, which saves nothing: the hook gets it when a training begins
             original(self, *args, **kwargs)
             return
-        backend = self.file_backend
         later = self.file_backend = _RemoveLater(backend)
         try:
             original(self, *args, **kwargs)

@@ -16,11 +16,13 @@ from mmengine.model import BaseModel
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
+from mmstructkd.distillers.step_record import Fault, StepRecord, explain
 from mmstructkd.distillers.targets import branches_of, collect_targets, head_of, probe_samples, probe_targets, task_of
 from mmstructkd.distillers.teacher import TeacherSource
 from mmstructkd.distillers.term import Term, parse_terms
 from mmstructkd.errors import CheckpointError, ConfigError, shown
 from mmstructkd.functional.sharing import sharing
+from mmstructkd.optim import for_distiller
 from mmstructkd.registry import HOOKS, MODELS
 from mmstructkd.structures import Targets
 from mmstructkd.taps import Capture, RegionRecorder, Regions, Tap, pair_stages, probe_regions, tapped_forward
@@ -30,7 +32,7 @@ __all__ = ['StructuredDistiller']
 # Strides up to 128 give maps of sizes of their own, and 3x6 at stride 32: deformable convolutions refuse 2x4.
 PROBE_SIZE = (96, 192)
 STUDENT = 'student.'
-RUNNER_HOOKS = ('TermScheduleHook', 'StudentCheckpointHook', 'FiniteLossHook')
+RUNNER_HOOKS = ('TermScheduleHook', 'StudentCheckpointHook', 'FiniteLossHook', 'FiniteCheckpointHook')
 
 
 @contextlib.contextmanager
@@ -131,6 +133,7 @@ class StructuredDistiller(BaseModel):
             )
         super().__init__(data_preprocessor=student.data_preprocessor)
         self.student = student
+        self.last_step: StepRecord | None = None
         with random_state_kept():
             self.terms = parse_terms(terms)
             self._check_student_taps()
@@ -248,6 +251,8 @@ class StructuredDistiller(BaseModel):
         if mode != 'loss':
             return self.student(inputs, data_samples, mode=mode)
         losses, seen = self.observe(inputs, data_samples, self._active)
+        if torch.is_grad_enabled():
+            self.last_step = StepRecord.of(inputs, data_samples, self._active, seen)
         for name, scored in self.score(seen).items():
             clash = sorted(set(scored) & set(losses))
             if clash:
@@ -256,6 +261,36 @@ class StructuredDistiller(BaseModel):
                 )
             losses.update(scored)
         return losses
+
+    def parse_losses(self, losses: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Sum the losses as mmengine does, and note them until the step is known to be sound.
+
+        Args:
+            losses: what :meth:`forward` returned.
+
+        Returns:
+            The sum, and what is logged.
+        """
+        total, logged = super().parse_losses(losses)
+        if self.last_step is not None:
+            self.last_step.losses = {name: value.detach() for name, value in logged.items()}
+        return total, logged
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copy and pickle without the batch of the last step."""
+        return {**self.__dict__, 'last_step': None}
+
+    def explain(self, **found: Any) -> Fault:
+        """Tell what is wrong with the last training step, and who brought it in.
+
+        Args:
+            **found: what else is known, see
+                :func:`~mmstructkd.distillers.step_record.explain`.
+
+        Returns:
+            The fault, as far as this process can see it.
+        """
+        return explain(self, self.last_step, **found)
 
     @property
     def _active(self) -> list[Term]:
@@ -366,7 +401,8 @@ class StructuredDistiller(BaseModel):
             runner: the runner that was just given this model.
 
         Raises:
-            ConfigError: ``compile`` is set.
+            ConfigError: ``compile`` is set, or ``optim_wrapper`` cannot serve a
+                distiller.
         """
         if runner.cfg.get('compile'):
             raise ConfigError(
@@ -377,11 +413,8 @@ class StructuredDistiller(BaseModel):
         for name in (*RUNNER_HOOKS, *self._teacher.hooks):
             if name not in present:
                 runner.register_hook(HOOKS.build({'type': f'mmstructkd.{name}'}))
-        settings = runner.optim_wrapper
-        constructor = 'mmstructkd.DistillOptimWrapperConstructor'
-        if isinstance(settings, dict) and settings.get('constructor') != constructor and 'optimizer' in settings:
-            base = settings.get('constructor', 'DefaultOptimWrapperConstructor')
-            runner.optim_wrapper = {**settings, 'constructor': constructor, 'base_constructor': base}
+        if runner._train_loop is not None:
+            runner.optim_wrapper = for_distiller(runner.optim_wrapper, self)
 
     def _load_from_state_dict(
         self,

@@ -19,6 +19,7 @@ from mmstructkd.errors import ConfigError, ShapeError, TapError, check_finite_nu
 from mmstructkd.functional.resize import resize_map
 from mmstructkd.functional.sharing import once
 from mmstructkd.losses.base import DistillLoss
+from mmstructkd.optim import check_optimizer
 from mmstructkd.registry import MODELS
 from mmstructkd.structures import Targets
 from mmstructkd.taps import Regions, Tap, in_region_head, shows_regions
@@ -99,6 +100,7 @@ class Term(nn.Module):
         self.schedule = WeightSchedule.from_config(schedule, owner)
         self.factor = self.schedule.factor(0, 1)
         self.pace = 1.0  # of the teacher, see TeacherSource.pace
+        self.used = False  # since the last update; what is not used does not move in it
         self.losses = nn.ModuleList([self._build_loss()])
         self.connectors = nn.ModuleList()
         self.joint = False
@@ -151,6 +153,8 @@ class Term(nn.Module):
                 f'term {self.name!r}: `loss` must be a distillation loss, got {type(loss).__name__}. '
                 'Losses of mmseg and mmdet compare with labels; subclass mmstructkd.losses.DistillLoss.'
             )
+        if loss.own_optimizer is not None:
+            check_optimizer(f'term {self.name!r}', loss.own_optimizer)
         return loss
 
     @property
@@ -473,6 +477,7 @@ class Term(nn.Module):
         """
         if not (self.active or all_parts):
             return {f'loss_kd_{self.name}': self.silence()}
+        self.used = self.used or torch.is_grad_enabled()
         known = self._known(student, targets, regions)
         parts: dict[str, list[Tensor]] = {}
         if not self.joint:

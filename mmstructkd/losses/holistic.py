@@ -131,7 +131,8 @@ class HolisticLoss(DistillLoss):
             its column; an argument that says otherwise is an error.
         mode: ``'wgan'`` or ``'hinge'``.
         loss_weight: :math:`\lambda_G`, factor of the student's part.
-        critic_weight: :math:`\lambda_d`, factor of the critic's objective.
+        critic_weight: :math:`\lambda_d`, factor of the critic's objective. With
+            0 the critic does not learn: it stays as it was drawn.
         gradient_penalty_weight: factor of the gradient penalty within it.
         softmax: judge probabilities over the channels, not the tensors tapped.
         conditional: show the critic the image beside the map.
@@ -155,7 +156,8 @@ class HolisticLoss(DistillLoss):
     The interpolation draws from its own generator, made of the seed and a step
     counter that are saved with the module. So a resumed run goes on exactly,
     the student alone sees the same random numbers as the distilled one, and
-    several processes draw what one would for their joint batch.
+    several processes draw what one would for their joint batch. The critic's
+    BatchNorm normalises over it as well, so that n processes equal one.
 
     Costs four forward passes of the critic and a second-order backward pass.
 
@@ -274,6 +276,8 @@ class HolisticLoss(DistillLoss):
             # The CPU's generator alone: `torch.manual_seed` would reseed the accelerators too.
             torch.default_generator.manual_seed(seed)
             critic = MODELS.build(config)
+        # What does not learn is no parameter for an optimiser, whose decay would move it all the same.
+        critic.requires_grad_(self.critic_weight > 0)
         self.critic = critic.to(self.stream.device).train(self.training)
         self.channels = channels
         self.stream.copy_(torch.tensor([seed, 0]))
@@ -327,6 +331,8 @@ class HolisticLoss(DistillLoss):
             functional_call(critic, frozen, (masked(map_s), images)), mode=self.mode, counts=counts
         )
 
+        if self.critic_weight == 0:
+            return {'': adversarial, 'critic': adversarial.new_zeros(())}
         map_s = map_s.detach()
         score_t = judge(map_t)
         score_s = judge(map_s)
