@@ -6,6 +6,7 @@ returns an unweighted scalar of at least float32 and detaches the teacher.
 
 from mmstructkd.functional.adversarial import adversarial_loss, critic_loss, gradient_penalty
 from mmstructkd.functional.affinity import pairwise_affinity_loss
+from mmstructkd.functional.binary import as_two_classes, two_class_logits
 from mmstructkd.functional.boxes import box_masks, focal_attention, focal_feature_loss
 from mmstructkd.functional.classes import (
     category_similarity_loss,
@@ -21,7 +22,9 @@ from mmstructkd.functional.contrast import (
 )
 from mmstructkd.functional.depth import (
     depth_l1_loss,
+    depth_of_disparity,
     depth_readings,
+    disparity_of_depth,
     gradient_matching_loss,
     normalize_depth,
     ordinal_relation_loss,
@@ -65,6 +68,7 @@ from mmstructkd.functional.statistics import (
 __all__ = [
     'adjacent_correlation_loss',
     'adversarial_loss',
+    'as_two_classes',
     'attention_map',
     'attention_residuals',
     'attention_transfer_loss',
@@ -80,7 +84,9 @@ __all__ = [
     'cross_image_kl_loss',
     'decoupled_kl_loss',
     'depth_l1_loss',
+    'depth_of_disparity',
     'depth_readings',
+    'disparity_of_depth',
     'dist_loss',
     'draw_positions',
     'edge_confidence',
@@ -119,6 +125,7 @@ __all__ = [
     'sinkhorn_loss',
     'standardize_logits',
     'standardized_mse_loss',
+    'two_class_logits',
     'unit_vectors',
     'virtual_normal_loss',
     'wasserstein_contrast_loss',

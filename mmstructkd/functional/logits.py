@@ -13,6 +13,7 @@ import torch.nn.functional as torch_functional
 from torch import Tensor
 
 from mmstructkd.errors import ConfigError, ShapeError, check_finite_number, check_ndim, check_same
+from mmstructkd.functional.binary import as_two_classes, two_class_logits
 from mmstructkd.functional.precision import full_precision
 from mmstructkd.functional.reduce import masked_mean, mean_of_sum, valid_pixels
 from mmstructkd.functional.resize import resize_labels
@@ -39,14 +40,14 @@ _WAY_OUT = 'Resize the teacher with resize_map, or map its classes with map_logi
 _FLAT = 1e-6
 
 
-def _check_scores(owner: str, student: Tensor, teacher: Tensor) -> None:
-    """Raise unless both are (B, C, H, W) or both (M, C), alike, with classes to tell apart."""
+def _scores(owner: str, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Both as scores of classes, two of them for the one channel of a sigmoid; raise unless they are alike."""
     for name, logits in (('student', student), ('teacher', teacher)):
         check_ndim(owner, name, logits, (2, 4), '(B, C, H, W) or (M, C)')
+    student, teacher = as_two_classes(student, teacher)
     axes, names = (range(4), 'B, C, H and W') if student.dim() == 4 else (range(2), 'M and C')
     check_same(owner, student, teacher, axes, names, _WAY_OUT)
-    if student.shape[1] < 2:
-        raise ShapeError(f'{owner}: `student` must have at least 2 classes, got {tuple(student.shape)}.')
+    return student, teacher
 
 
 def _only(counts: Tensor | None, *scores: Tensor) -> list[Tensor]:
@@ -138,8 +139,10 @@ def dist_loss(
     increasing affine map (first part), or all of a class (second part).
 
     Args:
-        student: logits, shape (B, C, H, W) or (M, C), any float dtype.
-        teacher: logits, same shape. Detached here.
+        student: logits, shape (B, C, H, W) or (M, C), any float dtype. One
+            channel is the score z of a sigmoid: the two classes (0, z).
+        teacher: logits, same shape; a pair of one and two channels fits as well.
+            Detached here.
         inter_weight: factor of the part among the classes of a pixel, at least 0.
         intra_weight: factor of the part among the pixels of a class.
         temperature: T, above 0, a number or a scalar tensor.
@@ -155,8 +158,8 @@ def dist_loss(
         Time and memory O(B C N).
 
     Raises:
-        ShapeError: the shapes differ or are no scores, there is one class only,
-            or ``labels`` or ``valid`` does not fit.
+        ShapeError: the shapes differ or are no scores, or ``labels`` or
+            ``valid`` does not fit.
         ConfigError: ``temperature`` is not above 0, or a weight is negative.
 
     Example:
@@ -170,7 +173,7 @@ def dist_loss(
     check_temperature(owner, temperature)
     check_finite_number(owner, 'inter_weight', inter_weight, minimum=0)
     check_finite_number(owner, 'intra_weight', intra_weight, minimum=0)
-    _check_scores(owner, student, teacher)
+    student, teacher = _scores(owner, student, teacher)
     counts = valid_pixels(owner, student, labels=labels, ignore_index=ignore_index, valid=valid)
     (student,) = _only(counts, student)
     log_s = log_of_classes(student, temperature).clamp(min=LOWEST)
@@ -216,8 +219,10 @@ def decoupled_kl_loss(
     The value does not change when a constant is added to all logits of a pixel.
 
     Args:
-        student: logits, shape (B, C, H, W) or (M, C), any float dtype.
-        teacher: logits, same shape. Detached here.
+        student: logits, shape (B, C, H, W) or (M, C), any float dtype. One
+            channel is the score z of a sigmoid: the two classes (0, z).
+        teacher: logits, same shape; a pair of one and two channels fits as well.
+            Detached here.
         labels: integer classes, shape (B, h, w), brought to H x W by nearest, or
             (M,). Rows of a box head include the background as a class.
         alpha: weight of the labelled class against the others, at least 0.
@@ -232,8 +237,8 @@ def decoupled_kl_loss(
         0 with a graph if there is none. Time and memory O(B C N).
 
     Raises:
-        ShapeError: the shapes differ or are no scores, there is one class only,
-            or ``labels`` or ``valid`` does not fit.
+        ShapeError: the shapes differ or are no scores, or ``labels`` or
+            ``valid`` does not fit.
         ConfigError: ``temperature`` is not above 0, or a weight is negative.
 
     Example:
@@ -247,7 +252,7 @@ def decoupled_kl_loss(
     check_temperature(owner, temperature)
     check_finite_number(owner, 'alpha', alpha, minimum=0)
     check_finite_number(owner, 'beta', beta, minimum=0)
-    _check_scores(owner, student, teacher)
+    student, teacher = _scores(owner, student, teacher)
     index, counts = _labelled(owner, student, labels, ignore_index, valid)
     log_t = teacher_log_of_classes(teacher, temperature, counts)
     student, teacher = _only(counts, student, teacher.detach())
@@ -297,8 +302,10 @@ def weighted_soft_label_loss(
     the weights carry none.
 
     Args:
-        student: logits, shape (B, C, H, W) or (M, C), any float dtype.
-        teacher: logits, same shape. Detached here.
+        student: logits, shape (B, C, H, W) or (M, C), any float dtype. One
+            channel is the score z of a sigmoid: the two classes (0, z).
+        teacher: logits, same shape; a pair of one and two channels fits as well.
+            Detached here.
         labels: integer classes, shape (B, h, w), brought to H x W by nearest, or
             (M,).
         temperature: T, above 0, a number or a scalar tensor.
@@ -311,8 +318,8 @@ def weighted_soft_label_loss(
         0 with a graph if there is none. Time and memory O(B C N).
 
     Raises:
-        ShapeError: the shapes differ or are no scores, there is one class only,
-            or ``labels`` or ``valid`` does not fit.
+        ShapeError: the shapes differ or are no scores, or ``labels`` or
+            ``valid`` does not fit.
         ConfigError: ``temperature`` is not above 0.
 
     Example:
@@ -322,7 +329,7 @@ def weighted_soft_label_loss(
     """
     owner = 'weighted_soft_label_loss'
     check_temperature(owner, temperature)
-    _check_scores(owner, student, teacher)
+    student, teacher = _scores(owner, student, teacher)
     index, counts = _labelled(owner, student, labels, ignore_index, valid)
     (student,) = _only(counts, student)
 
@@ -368,7 +375,8 @@ def zipf_label_loss(
     not change when a constant is added to all logits of a pixel.
 
     Args:
-        student: logits, shape (B, C, H, W), any float dtype.
+        student: logits, shape (B, C, H, W), any float dtype; of two classes (or
+            the one channel of a sigmoid) the value is 0.
         teacher: logits whose highest class is the vote, same shape; detached.
             ``None``: the student's own.
         labels: integer classes, shape (B, h, w), brought to H x W by nearest.
@@ -382,8 +390,8 @@ def zipf_label_loss(
         0 with a graph if there is none. Time O(B N C (k + log C)), memory O(B C N).
 
     Raises:
-        ShapeError: an input is not 4-D, the shapes differ, there is one class
-            only, or ``labels`` or ``valid`` does not fit.
+        ShapeError: an input is not 4-D, the shapes differ, or ``labels`` or
+            ``valid`` does not fit.
         ConfigError: ``kernel_size`` is not odd.
 
     Example:
@@ -395,10 +403,9 @@ def zipf_label_loss(
     if isinstance(kernel_size, bool) or not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 == 0:
         raise ConfigError(f'{owner}: `kernel_size` must be an odd integer above 0, got {kernel_size!r}.')
     check_ndim(owner, 'student', student, 4, '(B, C, H, W)')
-    _check_scores(owner, student, student if teacher is None else teacher)
+    student, voter = _scores(owner, student, student if teacher is None else teacher)
     index, counts = _labelled(owner, student, labels, ignore_index, valid)
-    voter = (student if teacher is None else teacher).detach()
-    student, voter = _only(counts, student, voter)
+    student, voter = _only(counts, student, voter.detach())
     classes = student.shape[1]
     one = torch.zeros_like(student, dtype=torch.bool).scatter_(1, index.unsqueeze(1), True)
 
@@ -430,7 +437,8 @@ def map_logits(logits: Tensor, class_map: Sequence[int]) -> Tensor:
     what went to classes without a counterpart.
 
     Args:
-        logits: shape (B, C, H, W) or (M, C), any float dtype.
+        logits: shape (B, C, H, W) or (M, C), any float dtype; one channel is the
+            score of class 1 of two.
         class_map: for each of the C classes the number k of the class it belongs
             to, from 0 on without a gap; -1: it has no counterpart.
 
@@ -458,6 +466,8 @@ def map_logits(logits: Tensor, class_map: Sequence[int]) -> Tensor:
         raise ConfigError(
             f'{owner}: `class_map` must number the classes it maps to 0, 1, ... without a gap, got {numbers!r}.'
         )
+    if logits.shape[1] == 1:
+        logits = two_class_logits(logits)
     if logits.shape[1] != len(numbers):
         raise ShapeError(
             f'{owner}: `logits` must have the {len(numbers)} classes of `class_map`, got {tuple(logits.shape)}.'

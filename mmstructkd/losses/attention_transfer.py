@@ -7,7 +7,6 @@ from torch import Tensor
 from mmstructkd.errors import check_one_of
 from mmstructkd.functional.statistics import REDUCTIONS, attention_transfer_loss, check_power
 from mmstructkd.losses.base import DistillLoss
-from mmstructkd.losses.positions import counting_positions
 from mmstructkd.registry import MODELS
 from mmstructkd.structures import Targets
 
@@ -64,7 +63,7 @@ class AttentionTransferLoss(DistillLoss):
 
     def compute(self, student: Tensor, teacher: Tensor, targets: Targets) -> Tensor:
         """Return the unweighted loss."""
-        valid = counting_positions(type(self).__name__, student, targets)
+        valid = self.counting(student, targets)
         return attention_transfer_loss(student, teacher, power=self.power, reduction=self.reduction, valid=valid)
 
     def extra_repr(self) -> str:

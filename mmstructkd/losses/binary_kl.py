@@ -8,7 +8,6 @@ from torch import Tensor
 
 from mmstructkd.errors import ConfigError, check_one_of
 from mmstructkd.functional.detection import binary_kl_loss, inside_boxes
-from mmstructkd.losses.class_targets import counting
 from mmstructkd.losses.softening import SoftenedLoss
 from mmstructkd.registry import MODELS
 from mmstructkd.structures import Targets
@@ -57,6 +56,7 @@ class BinaryKLLoss(SoftenedLoss):
 
     # A 1x1 convolution would let the student hide behind it: classes must be the same ones.
     needs_equal_channels = False
+    by_class = True
     softened_axes = None
     tasks = ('seg', 'det')
     transfers = 'independent (sigmoid) class probabilities, most where the teacher is sure'
@@ -81,7 +81,7 @@ class BinaryKLLoss(SoftenedLoss):
     def compute(self, student: Tensor, teacher: Tensor, targets: Targets) -> Tensor:
         """Return the unweighted loss."""
         owner = type(self).__name__
-        valid = counting(owner, student, targets)
+        valid = self.counting(student, targets)
         normalizer: str | Tensor = self.normalizer
         if normalizer == 'boxes':
             if student.dim() != 4 or targets.boxes is None or targets.input_size is None:

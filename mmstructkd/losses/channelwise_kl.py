@@ -7,7 +7,6 @@ from typing import Any
 from torch import Tensor
 
 from mmstructkd.functional.divergence import channelwise_kl_loss
-from mmstructkd.functional.reduce import valid_pixels
 from mmstructkd.losses.softening import SoftenedLoss
 from mmstructkd.registry import MODELS
 from mmstructkd.structures import Targets
@@ -59,12 +58,6 @@ class ChannelwiseKLLoss(SoftenedLoss):
 
     def compute(self, student: Tensor, teacher: Tensor, targets: Targets) -> Tensor:
         """Return the unweighted loss."""
-        valid = valid_pixels(
-            type(self).__name__,
-            student,
-            labels=targets.labels,
-            ignore_index=targets.ignore_index,
-            valid=targets.valid,
-        )
+        valid = self.counting(student, targets)
         student, teacher, temperature = self.soften(student, teacher, targets)
         return channelwise_kl_loss(student, teacher, temperature=temperature, valid=valid)

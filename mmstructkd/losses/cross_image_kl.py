@@ -10,7 +10,6 @@ from torch import Tensor
 from mmstructkd.errors import ConfigError
 from mmstructkd.functional.affinity import check_kernel_size
 from mmstructkd.functional.nodes import pool_nodes
-from mmstructkd.functional.reduce import valid_pixels
 from mmstructkd.functional.relation import cross_image_kl_loss
 from mmstructkd.losses.softening import SoftenedLoss
 from mmstructkd.registry import MODELS
@@ -79,13 +78,7 @@ class CrossImageKLLoss(SoftenedLoss):
 
     def compute(self, student: Tensor, teacher: Tensor, targets: Targets) -> Tensor:
         """Return the unweighted loss."""
-        valid = valid_pixels(
-            type(self).__name__,
-            student,
-            labels=targets.labels,
-            ignore_index=targets.ignore_index,
-            valid=targets.valid,
-        )
+        valid = self.counting(student, targets)
         kernel = self._kernel_at(student.shape[-2], student.shape[-1])
         if kernel != (1, 1) and student.shape[-2:] == teacher.shape[-2:]:
             student, counts = pool_nodes(student, kernel, valid)

@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from mmstructkd.errors import check_finite_number, check_one_of
+from mmstructkd.errors import ConfigError, check_finite_number, check_one_of
+from mmstructkd.functional.binary import as_two_classes
 from mmstructkd.functional.logits import decoupled_kl_loss
 from mmstructkd.losses.class_targets import TARGETS, class_targets
 from mmstructkd.losses.presets import settle
@@ -75,6 +76,9 @@ class DecoupledKLLoss(SoftenedLoss):
 
     # A 1x1 convolution would let the student hide behind it: classes must be the same ones.
     needs_equal_channels = False
+    over_classes = True
+    where = 'labelled'
+    needs_labels = True
     tasks = ('seg', 'det')
     transfers = 'probability of the right class, and of the others among themselves'
     paper = 'Decoupled Knowledge Distillation (arXiv:2203.08679)'
@@ -100,10 +104,30 @@ class DecoupledKLLoss(SoftenedLoss):
         self.alpha = float(settings['alpha'])
         self.beta = float(settings['beta'])
         self.target = target
+        self.needs_labels = target == 'labels'
+        self.where = 'labelled' if self.needs_labels else 'inside'
+
+    def bind(self, student: Tensor, teacher: Tensor) -> None:
+        """Refuse two classes where only the others of each pixel would count.
+
+        Args:
+            student: a probed tensor of the student.
+            teacher: the probed tensor of the teacher.
+
+        Raises:
+            ConfigError: there are two classes, and ``alpha`` is 0.
+        """
+        if student.shape[1] < 3 and self.alpha == 0:
+            raise ConfigError(
+                f'{type(self).__name__}: `alpha` must be above 0 for two classes, got 0. Beside the right class there '
+                'is only one other, and nothing to compare among the others.'
+            )
 
     def compute(self, student: Tensor, teacher: Tensor, targets: Targets) -> Tensor:
         """Return the unweighted loss."""
-        labels, valid = class_targets(type(self).__name__, self.target, student, teacher, targets)
+        student, teacher = as_two_classes(student, teacher)
+        labels = class_targets(type(self).__name__, self.target, student, teacher, targets)
+        valid = self.counting(student, targets)
         student, teacher, temperature = self.soften(student, teacher, targets)
         return decoupled_kl_loss(
             student,

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from mmstructkd.errors import check_finite_number
+from mmstructkd.errors import ConfigError, check_finite_number
 from mmstructkd.functional.logits import dist_loss
-from mmstructkd.losses.class_targets import ClassMap, counting
+from mmstructkd.losses.class_targets import ClassMap
 from mmstructkd.losses.softening import SoftenedLoss
 from mmstructkd.registry import MODELS
 from mmstructkd.structures import Targets
@@ -56,6 +56,7 @@ class DistLoss(SoftenedLoss):
 
     # A 1x1 convolution would let the student hide behind it: classes must be the same ones.
     needs_equal_channels = False
+    over_classes = True
     tasks = ('seg', 'depth', 'det')
     transfers = 'how class probabilities rank, among classes and among pixels'
     paper = 'Knowledge Distillation from A Stronger Teacher (arXiv:2205.10536)'
@@ -82,6 +83,23 @@ class DistLoss(SoftenedLoss):
         """Whether the teacher may have other classes."""
         return self.class_map is not None
 
+    def bind(self, student: Tensor, teacher: Tensor) -> None:
+        """Refuse two classes where only their rank at a pixel would count.
+
+        Args:
+            student: a probed tensor of the student.
+            teacher: the probed tensor of the teacher.
+
+        Raises:
+            ConfigError: there are two classes, and no part among the pixels.
+        """
+        classes = student.shape[1] if self.class_map is None else len(self.class_map.known)
+        if classes < 3 and self.intra_weight == 0:
+            raise ConfigError(
+                f'{type(self).__name__}: `intra_weight` must be above 0 for two classes, got 0. The correlation of two '
+                'probabilities is 1 or -1, and has no gradient; among the pixels of a class it has one.'
+            )
+
     def compute(self, student: Tensor, teacher: Tensor, targets: Targets) -> Tensor:
         """Return the unweighted loss."""
         if self.class_map is not None:
@@ -93,7 +111,7 @@ class DistLoss(SoftenedLoss):
             inter_weight=self.inter_weight,
             intra_weight=self.intra_weight,
             temperature=temperature,
-            valid=counting(type(self).__name__, student, targets),
+            valid=self.counting(student, targets),
         )
 
     def extra_repr(self) -> str:

@@ -6,7 +6,6 @@ from torch import Tensor
 
 from mmstructkd.functional.statistics import feature_mse_loss
 from mmstructkd.losses.base import DistillLoss
-from mmstructkd.losses.positions import counting_positions
 from mmstructkd.registry import MODELS
 from mmstructkd.structures import Targets
 
@@ -53,5 +52,5 @@ class FeatureMSELoss(DistillLoss):
 
     def compute(self, student: Tensor, teacher: Tensor, targets: Targets) -> Tensor:
         """Return the unweighted loss."""
-        valid = counting_positions(type(self).__name__, student, targets)
+        valid = self.counting(student, targets)
         return feature_mse_loss(student, teacher, valid=valid)

@@ -12,7 +12,6 @@ from mmstructkd.errors import ConfigError, ShapeError, check_finite_number, chec
 from mmstructkd.functional.boxes import focal_feature_loss
 from mmstructkd.functional.precision import full_precision
 from mmstructkd.functional.statistics import feature_mse_loss
-from mmstructkd.losses.positions import counting_positions
 from mmstructkd.losses.presets import settle
 from mmstructkd.losses.softening import SoftenedLoss
 from mmstructkd.registry import MODELS
@@ -228,7 +227,7 @@ class FocalGlobalLoss(SoftenedLoss):
                 'Hand it one probed pair of maps: it builds its context blocks for their channels.'
             )
         self._check_channels(student)
-        valid = counting_positions(owner, student, targets)
+        valid = self.counting(student, targets)
         student, teacher, temperature = self.soften(student, teacher, targets)
         focal = focal_feature_loss(
             student,

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from mmstructkd.functional.pyramid import check_sizes, hierarchical_context_loss
 from mmstructkd.losses.base import DistillLoss
-from mmstructkd.losses.positions import counting_positions
 from mmstructkd.registry import MODELS
 from mmstructkd.structures import Targets
 
@@ -61,7 +60,7 @@ class HierarchicalContextLoss(DistillLoss):
 
     def compute(self, student: Tensor, teacher: Tensor, targets: Targets) -> Tensor:
         """Return the unweighted loss."""
-        valid = counting_positions(type(self).__name__, student, targets)
+        valid = self.counting(student, targets)
         return hierarchical_context_loss(student, teacher, sizes=self.sizes, valid=valid)
 
     def extra_repr(self) -> str:

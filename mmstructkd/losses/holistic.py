@@ -300,7 +300,7 @@ class HolisticLoss(DistillLoss):
         self._check_maps(student, teacher)
         self._check_channels(student)
         images = self._images(targets)
-        valid = self.valid_at(targets, (student.shape[2], student.shape[3]))
+        valid = self.counting(student, targets)
         teacher = teacher.detach()
         if self.normalize is not None:
             readings = depth_readings(teacher)

@@ -62,6 +62,8 @@ class IntraClassVariationLoss(DistillLoss):
     """
 
     needs_equal_channels = False
+    where = 'labelled'
+    needs_labels = True
     tasks = ('seg',)
     transfers = 'likeness of pixels to the centre of their class'
     paper = 'Intra-class Feature Variation Distillation for Semantic Segmentation (ECCV 2020)'
@@ -102,7 +104,7 @@ class IntraClassVariationLoss(DistillLoss):
             num_classes=classes,
             ignore_index=targets.ignore_index,
             # The mask leaves out what has no label: with it, ignored pixels would not be counted.
-            valid=None if self.count_ignored else targets.valid,
+            valid=targets.inside if self.count_ignored else targets.valid,
             count_ignored=self.count_ignored,
         )
 

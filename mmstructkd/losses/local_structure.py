@@ -7,7 +7,6 @@ from typing import Any
 from torch import Tensor
 
 from mmstructkd.errors import ConfigError
-from mmstructkd.functional.reduce import valid_pixels
 from mmstructkd.functional.relation import local_structure_loss
 from mmstructkd.losses.softening import SoftenedLoss
 from mmstructkd.registry import MODELS
@@ -73,13 +72,7 @@ class LocalStructureLoss(SoftenedLoss):
 
     def compute(self, student: Tensor, teacher: Tensor, targets: Targets) -> Tensor:
         """Return the unweighted loss."""
-        valid = valid_pixels(
-            type(self).__name__,
-            student,
-            labels=targets.labels,
-            ignore_index=targets.ignore_index,
-            valid=targets.valid,
-        )
+        valid = self.counting(student, targets)
         student, teacher, temperature = self.soften(student, teacher, targets)
         return local_structure_loss(
             student,

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from mmstructkd.errors import ConfigError, check_finite_number, check_one_of
 from mmstructkd.functional.detection import edge_confidence, inside_boxes, localization_kl_loss
-from mmstructkd.losses.class_targets import counting
 from mmstructkd.losses.presets import settle
 from mmstructkd.losses.softening import SoftenedLoss
 from mmstructkd.registry import MODELS
@@ -150,7 +149,7 @@ class LocalizationKLLoss(SoftenedLoss):
     def _positives(self, student: Tensor, teacher: Tensor, targets: Targets) -> Tensor | None:
         """Which positions count, bool, shape (B, H, W)."""
         owner = type(self).__name__
-        valid = counting(owner, student, targets)
+        valid = self.counting(student, targets)
         if self.region == 'all':
             return valid
         if self.region == 'confident':

@@ -9,7 +9,6 @@ from torch import Tensor
 from mmstructkd.errors import check_finite_number
 from mmstructkd.functional.statistics import feature_mse_loss
 from mmstructkd.losses.base import DistillLoss
-from mmstructkd.losses.positions import counting_positions
 from mmstructkd.losses.presets import settle
 from mmstructkd.registry import MODELS
 from mmstructkd.structures import Targets
@@ -87,7 +86,7 @@ class MaskedGenerationLoss(DistillLoss):
 
     def compute(self, student: Tensor, teacher: Tensor, targets: Targets) -> Tensor:
         """Return the unweighted loss."""
-        valid = counting_positions(type(self).__name__, student, targets)
+        valid = self.counting(student, targets)
         return self.alpha * feature_mse_loss(student, teacher, reduction='sum', valid=valid)
 
     def extra_repr(self) -> str:

@@ -19,7 +19,6 @@ from mmstructkd.errors import (
 from mmstructkd.functional.contrast import draw, memory_kl_loss
 from mmstructkd.functional.nodes import unit_vectors
 from mmstructkd.functional.precision import full_precision
-from mmstructkd.functional.reduce import valid_pixels
 from mmstructkd.functional.region import class_centers
 from mmstructkd.losses.presets import settle
 from mmstructkd.losses.seeding import check_seed, seeded
@@ -125,6 +124,8 @@ class MemoryContrastLoss(SoftenedLoss):
     """
 
     needs_equal_channels = False
+    where = 'labelled'
+    needs_labels = True
     softened_axes = None
     tasks = ('seg',)
     transfers = 'likeness of pixels to remembered pixels and regions'
@@ -242,7 +243,7 @@ class MemoryContrastLoss(SoftenedLoss):
                 f'{owner}: `targets.labels` must be the class of each pixel, got None. '
                 'Use it on a segmentation task, or CrossImageKLLoss, which needs no labels.'
             )
-        valid = valid_pixels(owner, student, labels=labels, ignore_index=targets.ignore_index, valid=targets.valid)
+        valid = self.counting(student, targets)
         labels = labels.to(student.device)
         inside = (labels >= 0) & (labels < self.num_classes)
         inside = inside if valid is None else inside & valid

@@ -5,7 +5,6 @@ from __future__ import annotations
 from torch import Tensor
 
 from mmstructkd.functional.pixel_similarity import pixel_similarity_loss
-from mmstructkd.functional.reduce import valid_pixels
 from mmstructkd.losses.base import DistillLoss
 from mmstructkd.registry import MODELS
 from mmstructkd.structures import Targets
@@ -66,13 +65,7 @@ class PixelSimilarityLoss(DistillLoss):
 
     def compute(self, student: Tensor, teacher: Tensor, targets: Targets) -> Tensor:
         """Return the unweighted loss."""
-        valid = valid_pixels(
-            type(self).__name__,
-            student,
-            labels=targets.labels,
-            ignore_index=targets.ignore_index,
-            valid=targets.valid,
-        )
+        valid = self.counting(student, targets)
         return pixel_similarity_loss(student, teacher, residual=self.residual, valid=valid)
 
     def extra_repr(self) -> str:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mmstructkd.errors import check_one_of
 from mmstructkd.functional.divergence import pixelwise_kl_loss
-from mmstructkd.losses.class_targets import ClassMap, counting
+from mmstructkd.losses.class_targets import ClassMap
 from mmstructkd.losses.presets import settle
 from mmstructkd.losses.softening import SoftenedLoss
 from mmstructkd.registry import MODELS
@@ -88,6 +88,7 @@ class PixelwiseKLLoss(SoftenedLoss):
     )
     # A 1x1 convolution would let the student hide behind it: classes must be the same ones.
     needs_equal_channels = False
+    over_classes = True
 
     def __init__(
         self,
@@ -121,7 +122,7 @@ class PixelwiseKLLoss(SoftenedLoss):
             student,
             teacher,
             temperature=temperature,
-            valid=counting(type(self).__name__, student, targets),
+            valid=self.counting(student, targets),
         )
         return loss * student.shape[0] if self.batch_reduction == 'sum' else loss
 

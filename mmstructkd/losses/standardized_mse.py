@@ -9,7 +9,6 @@ from torch import Tensor
 from mmstructkd.errors import ConfigError, check_one_of, check_positive
 from mmstructkd.functional.statistics import OVER, standardized_mse_loss
 from mmstructkd.losses.base import DistillLoss
-from mmstructkd.losses.positions import counting_positions
 from mmstructkd.losses.presets import settle
 from mmstructkd.registry import MODELS
 from mmstructkd.structures import Targets
@@ -105,7 +104,7 @@ class StandardizedMSELoss(DistillLoss):
 
     def compute(self, student: Tensor, teacher: Tensor, targets: Targets) -> Tensor:
         """Return the unweighted loss."""
-        valid = counting_positions(type(self).__name__, student, targets)
+        valid = self.counting(student, targets)
         return self.factor * standardized_mse_loss(student, teacher, over=self.over, eps=self.eps, valid=valid)
 
     def extra_repr(self) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from mmstructkd.errors import ConfigError, check_one_of
+from mmstructkd.errors import ConfigError, ShapeError, check_one_of
+from mmstructkd.functional.binary import as_two_classes
 from mmstructkd.functional.logits import zipf_label_loss
 from mmstructkd.losses.base import DistillLoss
 from mmstructkd.losses.class_targets import TARGETS, class_targets
@@ -49,6 +50,9 @@ class ZipfLabelLoss(DistillLoss):
     """
 
     needs_equal_channels = False
+    over_classes = True
+    where = 'labelled'
+    needs_labels = True
     tasks = ('seg',)
     transfers = 'ranks of the wrong classes around a pixel (own votes, no teacher)'
     paper = "Efficient One Pass Self-distillation with Zipf's Label Smoothing (arXiv:2207.12980)"
@@ -65,10 +69,30 @@ class ZipfLabelLoss(DistillLoss):
         self.kernel_size = kernel_size
         self.voter = voter
         self.target = target
+        self.needs_labels = target == 'labels'
+        self.where = 'labelled' if self.needs_labels else 'inside'
+
+    def bind(self, student: Tensor, teacher: Tensor) -> None:
+        """Refuse two classes.
+
+        Args:
+            student: a probed map of the student.
+            teacher: the probed map of the teacher.
+
+        Raises:
+            ShapeError: there are fewer than three classes.
+        """
+        if student.shape[1] < 3:
+            raise ShapeError(
+                f'{type(self).__name__}: `student` must have at least 3 classes, got {tuple(student.shape)}. Of two '
+                'classes one is wrong, and has no rank: the loss is 0. Take PixelwiseKLLoss.'
+            )
 
     def compute(self, student: Tensor, teacher: Tensor, targets: Targets) -> Tensor:
         """Return the unweighted loss."""
-        labels, valid = class_targets(type(self).__name__, self.target, student, teacher, targets)
+        student, teacher = as_two_classes(student, teacher)
+        labels = class_targets(type(self).__name__, self.target, student, teacher, targets)
+        valid = self.counting(student, targets)
         return zipf_label_loss(
             student,
             teacher if self.voter == 'teacher' else None,
