@@ -402,7 +402,8 @@ class Term(nn.Module):
         maps = student.dim() in (2, 4) and teacher.dim() in (2, 4)
         if not maps or 1 not in (widths := (student.shape[1], teacher.shape[1])):
             return
-        if not (loss.over_classes or (loss.needs_equal_channels and set(widths) == {1, 2})):
+        by_channel = loss.over_classes or loss.by_class or loss.needs_equal_channels
+        if not (loss.over_classes or (by_channel and set(widths) == {1, 2})):
             return
         kind = type(loss).__name__
         if targets.depth is not None:

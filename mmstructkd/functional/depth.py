@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mmstructkd.errors import ConfigError, ShapeError, check_finite_number, check_positive, check_same
 from mmstructkd.functional.precision import full_precision
-from mmstructkd.functional.reduce import masked_mean, mean_of_sum, valid_pixels
+from mmstructkd.functional.reduce import masked_mean, mean_of_sum, nan_unless_finite, valid_pixels
 from mmstructkd.functional.sampling import draw_positions
 
 __all__ = [
@@ -138,11 +138,6 @@ def _prepare(
     # A network that overflows must show: cut off, its infinity would be a place far away.
     student = torch.where(student.isinf(), torch.nan, student.clamp(-_FARTHEST, _FARTHEST))
     return student, torch.where(counts, teacher, 1).clamp(max=_FARTHEST), counts
-
-
-def _overflow(student: Tensor, counts: Tensor) -> Tensor:
-    """0, or NaN where the student is not finite at a pixel that counts and that no draw may have met."""
-    return masked_mean(0 * student.detach(), counts)
 
 
 def _log(depth: Tensor, eps: float) -> Tensor:
@@ -517,7 +512,8 @@ def ordinal_relation_loss(
     order = gap_t.sign() * (gap_t.abs() > math.log1p(ratio_threshold))
     ranked = torch_functional.softplus(-order * gap_s)
     there = _at(counts, pairs).all(dim=-1) & (pairs[..., 0] != pairs[..., 1])
-    return masked_mean(torch.where(order == 0, gap_s**2, ranked), there) + _overflow(depth_s, counts)
+    # Also where no draw meets the pixel.
+    return masked_mean(torch.where(order == 0, gap_s**2, ranked), there) + nan_unless_finite(depth_s, counts)
 
 
 @full_precision
@@ -616,7 +612,8 @@ def virtual_normal_loss(
     points_t = corners(depth_t)
     good = _at(counts, triplets).all(dim=-1) & _spans_triangle(points_t, min_distance, min_angle)
     distance = (normal(corners(depth_s)) - normal(points_t)).abs().sum(dim=-1)
-    return masked_mean(distance, good) + _overflow(depth_s, counts)
+    # Also where no draw meets the pixel.
+    return masked_mean(distance, good) + nan_unless_finite(depth_s, counts)
 
 
 def _spans_triangle(points: tuple[Tensor, ...], min_distance: float, min_angle: float) -> Tensor:

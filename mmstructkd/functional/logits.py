@@ -15,11 +15,12 @@ from torch import Tensor
 from mmstructkd.errors import ConfigError, ShapeError, check_finite_number, check_ndim, check_same
 from mmstructkd.functional.binary import as_two_classes, two_class_logits
 from mmstructkd.functional.precision import full_precision
-from mmstructkd.functional.reduce import masked_mean, mean_of_sum, valid_pixels
+from mmstructkd.functional.reduce import masked_mean, mean_of_sum, nan_unless_finite, valid_pixels
 from mmstructkd.functional.resize import resize_labels
 from mmstructkd.functional.softening import (
     LOWEST,
     check_temperature,
+    divided,
     kl_along,
     log_of_classes,
     teacher_log_of_classes,
@@ -101,7 +102,8 @@ def _correlation(log_s: Tensor, log_t: Tensor, axes: tuple[int, ...], counts: Te
     unit_s, _ = unit(log_s)
     unit_t, square_t = unit(log_t)
     number = torch.Size([unit_t.shape[a] for a in axes]).numel() if counts is None else counts.sum(axes, keepdim=True)
-    return mean_of_sum((unit_s * unit_t).sum(axes, keepdim=True), number), square_t > _FLAT**2
+    # Not `square_t > ...`: a teacher that is not a number varies, so that the value shows it.
+    return mean_of_sum((unit_s * unit_t).sum(axes, keepdim=True), number), ~(square_t <= _FLAT**2)
 
 
 @full_precision
@@ -269,8 +271,8 @@ def decoupled_kl_loss(
         among = torch.log_softmax(kept, dim=1)
         return torch.cat([labelled, others], dim=1), among.masked_fill(one, LOWEST)
 
-    against_s, among_s = split(student / temperature, log_of_classes(student, temperature))
-    against_t, among_t = split(teacher / temperature, log_t)
+    against_s, among_s = split(divided(student, temperature), log_of_classes(student, temperature))
+    against_t, among_t = split(divided(teacher, temperature), log_t)
     both = alpha * kl_along(against_s, against_t, 1) + beta * kl_along(among_s, among_t, 1)
     return temperature**2 * masked_mean(both, counts)
 
@@ -422,7 +424,9 @@ def zipf_label_loss(
 
     kept = student.clamp(min=torch.finfo(student.dtype).min).masked_fill(one, -torch.inf)
     among = torch.log_softmax(kept, dim=1).masked_fill(one, 0.0).clamp(min=LOWEST)
-    return masked_mean((torch.special.xlogy(zipf, zipf) - zipf * among).sum(1), counts)
+    loss = masked_mean((torch.special.xlogy(zipf, zipf) - zipf * among).sum(1), counts)
+    # A vote is a whole number, whatever it was made of; a class may be impossible.
+    return loss + nan_unless_finite(voter.clamp(min=torch.finfo(voter.dtype).min))
 
 
 @full_precision

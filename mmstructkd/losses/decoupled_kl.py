@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mmstructkd.errors import ConfigError, check_finite_number, check_one_of
+from mmstructkd.errors import ConfigError, check_one_of, check_some_weight
 from mmstructkd.functional.binary import as_two_classes
 from mmstructkd.functional.logits import decoupled_kl_loss
 from mmstructkd.losses.class_targets import TARGETS, class_targets
@@ -97,8 +97,7 @@ class DecoupledKLLoss(SoftenedLoss):
         given = {'loss_weight': loss_weight, 'alpha': alpha, 'beta': beta, 'temperature': temperature}
         settings = settle(owner, preset, given, defaults=_DEFAULTS, presets=_PRESETS)
         super().__init__(settings['loss_weight'], settings['temperature'])
-        check_finite_number(owner, 'alpha', settings['alpha'], minimum=0)
-        check_finite_number(owner, 'beta', settings['beta'], minimum=0)
+        check_some_weight(owner, alpha=settings['alpha'], beta=settings['beta'])
         check_one_of(owner, 'target', target, TARGETS)
         self.preset = preset
         self.alpha = float(settings['alpha'])

@@ -14,7 +14,7 @@ from mmstructkd.losses.base import DistillLoss
 from mmstructkd.losses.positions import counting_positions
 from mmstructkd.structures import Targets
 
-__all__ = ['DepthLoss', 'SampledDepthLoss']
+__all__ = ['OUTPUTS', 'DepthLoss', 'SampledDepthLoss']
 
 OUTPUTS = ('depth', 'disparity', 'same')
 #: ``'all'`` is the older name of ``'inside'``.

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mmstructkd.errors import ConfigError, check_finite_number
+from mmstructkd.errors import ConfigError, check_some_weight
 from mmstructkd.functional.logits import dist_loss
 from mmstructkd.losses.class_targets import ClassMap
 from mmstructkd.losses.softening import SoftenedLoss
@@ -72,8 +72,7 @@ class DistLoss(SoftenedLoss):
     ) -> None:
         super().__init__(loss_weight, temperature)
         owner = type(self).__name__
-        check_finite_number(owner, 'inter_weight', inter_weight, minimum=0)
-        check_finite_number(owner, 'intra_weight', intra_weight, minimum=0)
+        check_some_weight(owner, inter_weight=inter_weight, intra_weight=intra_weight)
         self.inter_weight = float(inter_weight)
         self.intra_weight = float(intra_weight)
         self.class_map = None if class_map is None else ClassMap(owner, class_map)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as torch_functional
 from torch import Tensor, nn
 
-from mmstructkd.errors import ConfigError, ShapeError, check_finite_number, check_ndim, check_same
+from mmstructkd.errors import ConfigError, ShapeError, check_ndim, check_same, check_some_weight
 from mmstructkd.functional.boxes import focal_feature_loss
 from mmstructkd.functional.precision import full_precision
 from mmstructkd.functional.statistics import feature_mse_loss
@@ -177,8 +177,7 @@ class FocalGlobalLoss(SoftenedLoss):
         }
         settings = settle(owner, preset, given, defaults=_DEFAULTS, presets=_PRESETS)
         super().__init__(loss_weight, settings['temperature'])
-        for name in _WEIGHTS:
-            check_finite_number(owner, name, settings[name], minimum=0)
+        check_some_weight(owner, **{name: settings[name] for name in _WEIGHTS})
         self.preset = preset
         self.foreground_weight = float(settings['foreground_weight'])
         self.background_weight = float(settings['background_weight'])

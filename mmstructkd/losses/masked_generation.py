@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mmstructkd.errors import check_finite_number
+from mmstructkd.errors import check_some_weight
 from mmstructkd.functional.statistics import feature_mse_loss
 from mmstructkd.losses.base import DistillLoss
 from mmstructkd.losses.presets import settle
@@ -52,7 +52,7 @@ class MaskedGenerationLoss(DistillLoss):
 
     Args:
         loss_weight: factor of the loss, finite and at least 0.
-        alpha: the method's own factor, at least 0.
+        alpha: the method's own factor, above 0.
         preset: ``'one-stage'``, ``'two-stage'``, ``'seg'`` or ``None``. A preset
             fixes the values of its column; an argument that says otherwise is an
             error.
@@ -80,7 +80,7 @@ class MaskedGenerationLoss(DistillLoss):
         super().__init__(loss_weight=loss_weight)
         owner = type(self).__name__
         settings = settle(owner, preset, {'alpha': alpha}, defaults=_DEFAULTS, presets=_PRESETS)
-        check_finite_number(owner, 'alpha', settings['alpha'], minimum=0)
+        check_some_weight(owner, alpha=settings['alpha'])
         self.preset = preset
         self.alpha = float(settings['alpha'])
 

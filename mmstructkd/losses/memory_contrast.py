@@ -11,10 +11,9 @@ from torch import Tensor, nn
 from mmstructkd.errors import (
     ConfigError,
     ShapeError,
-    check_finite_number,
     check_ndim,
-    check_positive,
     check_same,
+    check_some_weight,
 )
 from mmstructkd.functional.contrast import draw, memory_kl_loss
 from mmstructkd.functional.nodes import unit_vectors
@@ -26,6 +25,7 @@ from mmstructkd.losses.softening import SoftenedLoss
 from mmstructkd.memories import ClassQueue
 from mmstructkd.registry import MODELS
 from mmstructkd.structures import Targets
+from mmstructkd.temperatures import check_temperature_range
 
 __all__ = ['MemoryContrastLoss']
 
@@ -161,9 +161,8 @@ class MemoryContrastLoss(SoftenedLoss):
         }
         settings = settle(owner, preset, given, defaults=_DEFAULTS, presets=_PRESETS)
         super().__init__(settings['loss_weight'], temperature)
-        check_positive(owner, 'kd_temperature', kd_temperature)
-        check_finite_number(owner, 'pixel_weight', pixel_weight, minimum=0)
-        check_finite_number(owner, 'region_weight', region_weight, minimum=0)
+        check_temperature_range(owner, 'kd_temperature', kd_temperature)
+        check_some_weight(owner, pixel_weight=pixel_weight, region_weight=region_weight)
         counts = {
             'num_classes': num_classes,
             'pixel_capacity': settings['pixel_capacity'],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from mmstructkd.errors import check_finite_number
+from mmstructkd.errors import check_some_weight
 from mmstructkd.functional.relation import relational_loss
 from mmstructkd.losses.node_loss import NodeLoss
 from mmstructkd.registry import MODELS
@@ -69,8 +69,7 @@ class RelationalLoss(NodeLoss):
     ) -> None:
         super().__init__(loss_weight, nodes=nodes, grid=grid, num_classes=num_classes)
         owner = type(self).__name__
-        check_finite_number(owner, 'distance_weight', distance_weight, minimum=0)
-        check_finite_number(owner, 'angle_weight', angle_weight, minimum=0)
+        check_some_weight(owner, distance_weight=distance_weight, angle_weight=angle_weight)
         self.distance_weight = float(distance_weight)
         self.angle_weight = float(angle_weight)
 

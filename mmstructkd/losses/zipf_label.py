@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from mmstructkd.errors import ConfigError, ShapeError, check_one_of
 from mmstructkd.functional.binary import as_two_classes
 from mmstructkd.functional.logits import zipf_label_loss
+from mmstructkd.functional.reduce import nan_unless_finite
 from mmstructkd.losses.base import DistillLoss
 from mmstructkd.losses.class_targets import TARGETS, class_targets
 from mmstructkd.registry import MODELS
@@ -93,7 +95,7 @@ class ZipfLabelLoss(DistillLoss):
         student, teacher = as_two_classes(student, teacher)
         labels = class_targets(type(self).__name__, self.target, student, teacher, targets)
         valid = self.counting(student, targets)
-        return zipf_label_loss(
+        loss = zipf_label_loss(
             student,
             teacher if self.voter == 'teacher' else None,
             labels=labels,
@@ -101,6 +103,11 @@ class ZipfLabelLoss(DistillLoss):
             ignore_index=-1,
             valid=valid,
         )
+        if self.target != 'teacher':
+            return loss
+        # A class is a whole number, whatever it was made of: a teacher that is not finite must show otherwise.
+        scores = teacher.detach().clamp(min=torch.finfo(teacher.dtype).min)
+        return loss + nan_unless_finite(scores, None if valid is None else valid.unsqueeze(1))
 
     def extra_repr(self) -> str:
         """Show the settings in the model's print-out."""
