@@ -140,6 +140,7 @@ class FrozenTeacher(TeacherSource):
                 'Give a path or URL (allow_random=True distils from a random teacher).'
             )
         self.config = config if isinstance(config, str) else 'inline'
+        self.source = config  # its dataset names the classes
         self.checkpoint = checkpoint
         self.hash: str | None = None
         network = build_network(config, 'FrozenTeacher')

@@ -120,7 +120,7 @@ class Term(nn.Module):
         self.order: tuple[int, ...] | None = None  # the teacher's tensor for each of the student's
         self.levels: tuple[Level, ...] = ()
         self.log_keys: tuple[str, ...] = ()
-        self.over_classes = False  # whether class k of the student stands against class k of the teacher
+        self.by_class = False  # whether class k of the student stands against class k of the teacher
         self._looks = LOOKS
 
     @staticmethod
@@ -351,8 +351,8 @@ class Term(nn.Module):
         self.connectors.train()
         self.losses = nn.ModuleList([self.loss] + [self._build_loss() for _ in made[1:]])
         for loss, (made_s, made_t), pair in zip(self.losses, made, (pairs * len(made))[: len(made)], strict=True):
+            self._check_one_channel(made_s, made_t, classes, heads, targets)
             with self._named_errors(*pair, classes):
-                self._check_one_channel(made_s, made_t, classes, heads, targets)
                 loss.bind(made_s, made_t)
         labels_t += labels_t[-1:] * (len(labels_s) - len(labels_t))
         levels = []
@@ -361,7 +361,7 @@ class Term(nn.Module):
             shown = 'none' if isinstance(connector, nn.Identity) else type(connector).__name__
             levels.append(Level(labels_s[index], labels_t[index], tuple(feat_s.shape), tuple(feat_t.shape), shown))
         self.levels = tuple(levels)
-        self.over_classes = self._compares_classes(pairs[0], classes, heads)
+        self.by_class = self._compares_classes(pairs[0], classes, heads)
         with self._named_errors(*pairs[0], classes):
             self._try(student, teacher, targets, regions)
 
@@ -403,8 +403,8 @@ class Term(nn.Module):
         if not maps or 1 not in (widths := (student.shape[1], teacher.shape[1])):
             return
         by_channel = loss.over_classes or loss.by_class or loss.needs_equal_channels
-        if not (loss.over_classes or (by_channel and set(widths) == {1, 2})):
-            return
+        if max(widths) > 2 or not (loss.over_classes or (by_channel and set(widths) == {1, 2})):
+            return  # more than two have an error of their own: other classes
         kind = type(loss).__name__
         if targets.depth is not None:
             raise ConfigError(
@@ -412,8 +412,6 @@ class Term(nn.Module):
                 f"{' and '.join(type(head).__name__ for head in heads)}, which is depth. Take a loss on depth "
                 "(DepthRegressionLoss), or tap the scores of a head with bins ('decode_head.conv_depth')."
             )
-        if max(widths) > 2:
-            return  # an error of its own: other classes
         for owner, head, width in zip(('student', 'teacher'), heads, widths, strict=True):
             known = getattr(head, 'out_channels', None)
             if known is not None and known != width:

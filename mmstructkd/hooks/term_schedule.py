@@ -8,6 +8,7 @@ from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 
+from mmstructkd.distillers.class_names import check_class_names, names_of_dataset, names_of_teacher
 from mmstructkd.registry import HOOKS
 
 __all__ = ['TermScheduleHook']
@@ -30,12 +31,18 @@ class TermScheduleHook(Hook):
         self._followers: list[Any] | None = None
 
     def before_train(self, runner: Runner) -> None:
-        """Look for the modules that follow the training, once.
+        """Look for the modules that follow the training, once, and compare the names of the classes.
 
         Args:
             runner: the runner.
+
+        Raises:
+            ConfigError: the teacher has the student's classes in another order.
         """
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        if any(getattr(term, 'by_class', False) for term in model.terms.values()):
+            dataset = getattr(runner.train_dataloader, 'dataset', None)
+            check_class_names(model.terms.values(), names_of_dataset(dataset), names_of_teacher(model.teacher))
         self._followers = [module for module in model.terms.modules() if hasattr(module, 'set_progress')]
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
