@@ -14,7 +14,16 @@ from mmstructkd.distillers.normalization import valid_area
 from mmstructkd.functional.resize import resize_mask
 from mmstructkd.structures import Targets
 
-__all__ = ['collect_targets', 'head_at', 'head_of', 'num_classes_of', 'probe_samples', 'probe_targets', 'region_targets', 'task_of']
+__all__ = [
+    'collect_targets',
+    'head_at',
+    'head_of',
+    'num_classes_of',
+    'probe_samples',
+    'probe_targets',
+    'region_targets',
+    'task_of',
+]
 
 FOREGROUND_IOU = 0.5
 

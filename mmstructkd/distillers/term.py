@@ -14,8 +14,8 @@ import torch
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
-from mmstructkd.distillers.schedule import WeightSchedule
 from mmstructkd.distillers.depth_order import check_depth_order
+from mmstructkd.distillers.schedule import WeightSchedule
 from mmstructkd.distillers.targets import head_at, num_classes_of, region_targets
 from mmstructkd.errors import ConfigError, ShapeError, TapError, check_finite_number, check_one_of, suggest
 from mmstructkd.functional.resize import resize_map
@@ -409,7 +409,7 @@ class Term(nn.Module):
         if targets.depth is not None:
             raise ConfigError(
                 f'term {self.name!r}: `tap` must name scores of classes or bins for {kind}, got one channel of '
-                f"{' and '.join(type(head).__name__ for head in heads)}, which is depth. Take a loss on depth "
+                f'{" and ".join(type(head).__name__ for head in heads)}, which is depth. Take a loss on depth '
                 "(DepthRegressionLoss), or tap the scores of a head with bins ('decode_head.conv_depth')."
             )
         for owner, head, width in zip(('student', 'teacher'), heads, widths, strict=True):
@@ -417,7 +417,7 @@ class Term(nn.Module):
             if known is not None and known != width:
                 raise ConfigError(
                     f'term {self.name!r}: `{owner}` must tap the scores of all classes for {kind}, got {width} channel'
-                    f"{'s' * (width > 1)} where {type(head).__name__} has out_channels={known}."
+                    f'{"s" * (width > 1)} where {type(head).__name__} has out_channels={known}.'
                 )
         if widths != (1, 1) and not self._binary(widths, heads):
             raise self._other_classes(classes)
@@ -502,9 +502,7 @@ class Term(nn.Module):
         kind = config.get('type') if isinstance(config, Mapping) else None
         return MODELS.get(kind) if isinstance(kind, str) else kind
 
-    def _build_connector(
-        self, student: list[Tensor], teacher: list[Tensor], classes: Pair, heads: Heads
-    ) -> nn.Module:
+    def _build_connector(self, student: list[Tensor], teacher: list[Tensor], classes: Pair, heads: Heads) -> nn.Module:
         """The configured connector, or the automatic one."""
         wide_s, wide_t = ([channels_of(tensor) for tensor in side] for side in (student, teacher))
         widths = {'in_channels': wide_s, 'out_channels': wide_t}
@@ -603,7 +601,9 @@ class Term(nn.Module):
         """In the first step, where the host may wait: does the teacher's depth rise where the ground truth does?"""
         self._looks -= 1
         with self._named():
-            decided = all(check_depth_order(loss, *pair, targets) for loss, pair in zip(self.losses, pairs, strict=True))
+            decided = all(
+                check_depth_order(loss, *pair, targets) for loss, pair in zip(self.losses, pairs, strict=True)
+            )
         if decided:
             self._looks = 0
 

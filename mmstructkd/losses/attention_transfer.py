@@ -26,6 +26,9 @@ class AttentionTransferLoss(DistillLoss):
     positions. ``reduction='sum'`` keeps its scale when the map grows; a weight
     of some units has the effect there.
 
+    Pixels without a label count, as in the published code (``where='inside'``);
+    padding does not.
+
     Args:
         loss_weight: factor of the loss, finite and at least 0.
         power: of the feature's entries before the mean over channels, at least 1.

@@ -26,11 +26,12 @@ class BinaryKLLoss(SoftenedLoss):
     :func:`~mmstructkd.functional.detection.binary_kl_loss` for the formula. Tap the
     class maps: ``'bbox_head.conv_cls'`` of FCOS, ``'bbox_head.retina_cls'`` of
     RetinaNet (with its number of ``anchors``), ``'bbox_head.gfl_cls'`` of GFL. The
-    default weight is this project's; no published value is known.
+    default weight is this project's; no published value is known. Positions without
+    a label count like all others (``where='inside'``): boxes label none.
 
     Args:
         loss_weight: factor of the loss, finite and at least 0.
-        temperature: softens both: a number above 0, or the config of a registered
+        temperature: softens both: a number from 0.001 to 1000, or the config of a registered
             temperature (not the standardised one: a class alone has no spread).
             The loss is multiplied by its square.
         anchors: anchors of a position, side by side in the channels.

@@ -28,15 +28,16 @@ class CategorySimilarityLoss(SoftenedLoss):
 
     Args:
         loss_weight: factor of the loss, finite and at least 0.
-        temperature: softens the distributions over positions: a number above 0, or the config of a registered
-            temperature.
+        temperature: softens the distributions over positions: a number from 0.001 to
+            1000, or the config of a registered temperature.
         kernel_size: side of the patches that are averaged first, or (h, w).
 
     Shape:
         - student, teacher: :math:`(B, C, H, W)`; the teacher is detached.
         - output: scalar in [0, 1], no unit, 0 with a graph where no pixel counts.
 
-    Pixels without a label and padding are no part of any distribution.
+    Pixels without a label count, as in that re-implementation
+    (``where='inside'``); padding is no part of any distribution.
 
     Raises:
         ConfigError: an argument is out of range.

@@ -27,14 +27,15 @@ class ChannelwiseKLLoss(SoftenedLoss):
 
     Args:
         loss_weight: factor of the loss, finite and at least 0.
-        temperature: softens both distributions: a number above 0, or the config
+        temperature: softens both distributions: a number from 0.001 to 1000, or the config
             of a registered temperature. The loss is multiplied by its square.
 
     Shape:
         - student, teacher: :math:`(B, C, H, W)`; the teacher is detached.
         - output: scalar, in nats, 0 with a graph where no pixel counts.
 
-    Pixels without a label and padding are no part of either distribution.
+    Pixels without a label count, as in the published code
+    (``where='inside'``); padding is no part of either distribution.
 
     Raises:
         ConfigError: an argument is out of range.

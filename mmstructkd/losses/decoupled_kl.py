@@ -43,13 +43,15 @@ class DecoupledKLLoss(SoftenedLoss):
     ===========  =======  ==========  ==============
 
     The presets are the authors' settings for box heads and for classification;
-    they have none for maps. The default weight is 1, as there.
+    they have none for maps. The default weight is 1, as there. Only labelled
+    pixels count (``where='labelled'``), all with ``target='teacher'``. Of two
+    classes the second part is 0.
 
     Args:
         loss_weight: factor of the loss, finite and at least 0.
         alpha: weight of the right class against the others, at least 0.
         beta: weight of the distribution among the others.
-        temperature: softens both: a number above 0, or the config of a registered
+        temperature: softens both: a number from 0.001 to 1000, or the config of a registered
             temperature. The loss is multiplied by its square.
         target: the right class is that of the ``'labels'``, or the one that the
             ``'teacher'`` scores highest, for images without labels. (A region of a box

@@ -133,7 +133,7 @@ class DepthLoss(DistillLoss):
             )
         if says['student'] == 'disparity' and self.teacher_output != 'same':
             raise ConfigError(
-                f"{owner}: the student must predict depth with teacher_output={self.teacher_output!r}, got a "
+                f'{owner}: the student must predict depth with teacher_output={self.teacher_output!r}, got a '
                 f'{type(student).__name__}, whose output is disparity. Set '
                 "teacher_output='same' where the teacher predicts disparity as well."
             )

@@ -26,6 +26,9 @@ class DepthRegressionLoss(DepthLoss):
     depth maps (``decode_head.to_depth`` of the heads of ``mmstructkd.models``).
     Logits over depth bins go to :class:`~mmstructkd.losses.PixelwiseKLLoss`.
 
+    Pixels count where the teacher has a reading, labelled or not
+    (``where='inside'``): teaching beyond the ground truth is what it is for.
+
     Args:
         loss_weight: factor of the loss, finite and at least 0.
         kind: ``'l1'`` (metres) or ``'silog'`` (nats squared; ``root``: nats).

@@ -25,14 +25,16 @@ class DistLoss(SoftenedLoss):
     for the formula. Tap class scores of the same classes in both networks: of a
     segmentation head, of depth in bins, or the rows of a box head. The default
     weights are the published ones for segmentation, where the auxiliary head is
-    distilled as well, with weight 0.4.
+    distilled as well, with weight 0.4. Pixels without a label count, as in the
+    published code (``where='inside'``); padding does not. Of two classes the first part is 1 or -1
+    at a pixel and has no gradient.
 
     Args:
         loss_weight: factor of the loss, finite and at least 0.
         inter_weight: factor of the part among the classes of a pixel.
         intra_weight: factor of the part among the pixels of a class; they are
             those of one process's batch.
-        temperature: softens the probabilities: a number above 0, or the config of
+        temperature: softens the probabilities: a number from 0.001 to 1000, or the config of
             a registered temperature. The loss is multiplied by its square.
         class_map: for each class of the teacher the student's class that it is
             (part of), -1 for none; see :class:`PixelwiseKLLoss`. ``None``: both

@@ -22,7 +22,8 @@ class FeatureMSELoss(DistillLoss):
     the widths differ. The default weight 10 is that of CIRKD's code for
     segmentation. Channels with large values decide:
     :class:`~mmstructkd.losses.standardized_mse.StandardizedMSELoss` weighs all
-    alike.
+    alike. Pixels without a label count, as in that code (``where='inside'``);
+    padding does not.
 
     Args:
         loss_weight: factor of the loss, finite and at least 0.

@@ -118,7 +118,8 @@ class FocalGlobalLoss(SoftenedLoss):
     The columns are the configs of the authors' code, ``'one-stage'`` those of
     detectors with anchors. That code adds the five levels of the neck up where a
     term takes their mean: ``loss_weight=5`` is its scale. Sums over positions
-    grow with the image; padding is no part of them.
+    grow with the image; pixels without a label are part of them
+    (``where='inside'``), padding is not.
 
     Args:
         loss_weight: factor of the loss, finite and at least 0.
@@ -126,7 +127,7 @@ class FocalGlobalLoss(SoftenedLoss):
         background_weight: beta, at least 0.
         attention_weight: gamma, at least 0.
         global_weight: lambda, at least 0.
-        temperature: of the attention: a number above 0, or the config of a registered
+        temperature: of the attention: a number from 0.001 to 1000, or the config of a registered
             temperature.
         preset: a column of the table, or ``None``. A preset fixes the values of
             its column; an argument that says otherwise is an error.

@@ -24,6 +24,9 @@ class GradientMatchingLoss(DepthLoss):
     gives 0.5 to a sum over four scales and both directions, on aligned inverse
     depth: that is a weight of 4 on the mean here.
 
+    Pixels count where the teacher has a reading, labelled or not
+    (``where='inside'``): teaching beyond the ground truth is what it is for.
+
     Args:
         loss_weight: factor of the loss, finite and at least 0.
         scales: number of grids, each half as fine as the last.

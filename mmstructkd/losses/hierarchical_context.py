@@ -37,7 +37,8 @@ class HierarchicalContextLoss(DistillLoss):
         - student, teacher: :math:`(B, D, H, W)`; the teacher is detached.
         - output: scalar, 0 with a graph where no pixel counts.
 
-    Pixels without a label and padding are no part of the averages.
+    Pixels without a label count, as in the published code
+    (``where='inside'``); padding is no part of the averages.
 
     Raises:
         ConfigError: an argument is out of range.

@@ -152,11 +152,11 @@ class HolisticLoss(DistillLoss):
         - output: ``{'': student's part, 'critic': critic's objective}``, scalars
           of at least float32, no unit, means over the scores of the images.
 
-    Pixels without a label count, as in the published code. Pixels that do not
-    count (padding) are zero in both maps, after
-    the softmax, and in the interpolation, so that they get no gradient and do
-    not enter the penalty's norm. Images without a pixel that counts leave every
-    mean; where no image is left, both parts are 0 with a graph.
+    Pixels without a label count, as in the published code (``where='inside'``).
+    Those that do not (padding) are zero in both maps, after the softmax, and in
+    the interpolation, so that they get no gradient and do not enter the penalty's
+    norm. Images without a pixel that counts leave every mean; where no image is
+    left, both parts are 0 with a graph.
 
     The interpolation draws from its own generator, made of the seed and a step
     counter that are saved with the module. So a resumed run goes on exactly,

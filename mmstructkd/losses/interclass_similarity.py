@@ -54,8 +54,8 @@ class InterclassSimilarityLoss(SoftenedLoss):
 
     Args:
         loss_weight: factor of the loss, finite and at least 0.
-        temperature: softens the distributions over positions: a number above 0, or the config of a registered
-            temperature.
+        temperature: softens the distributions over positions: a number from 0.001 to
+            1000, or the config of a registered temperature.
         normalize: bring the rows of both matrices to length 1.
         mode: ``'paper'`` or ``'released_code'``.
         present: which classes of an image take part: those that the teacher
@@ -68,7 +68,8 @@ class InterclassSimilarityLoss(SoftenedLoss):
         - student, teacher: :math:`(B, C, H, W)`; the teacher is detached.
         - output: scalar, 0 with a graph where no pixel counts.
 
-    Pixels without a label and padding are no part of any distribution.
+    Pixels without a label count, as in the published code
+    (``where='inside'``); padding is no part of any distribution.
 
     Raises:
         ConfigError: an argument is out of range or contradicts the preset, or

@@ -36,7 +36,8 @@ class IntraClassVariationLoss(DistillLoss):
     =============  =======  ==========
 
     The default weight is winycg/CIRKD's, ``'code'`` that of the authors. Both
-    divide by pixels without a label too, which add nothing.
+    divide by pixels without a label too, which add nothing. Only labelled pixels
+    count (``where='labelled'``).
 
     Args:
         loss_weight: factor of the loss, finite and at least 0.

@@ -45,7 +45,9 @@ class LocalizationKLLoss(SoftenedLoss):
     :func:`~mmstructkd.functional.detection.localization_kl_loss` for the formula.
     Tap the edge logits of a head that predicts distributions: of a GFL
     ``'bbox_head.scales.0'`` and so on, behind the factor that it learns for each
-    level; a head with plain offsets has none.
+    level. A head with plain offsets (RetinaNet, FCOS, ATSS) has none, and is
+    refused. Which positions count is said by ``region``, labelled or not
+    (``where='inside'``).
 
     =============  =======  ==========
     argument       default  ``'code'``
@@ -64,7 +66,7 @@ class LocalizationKLLoss(SoftenedLoss):
 
     Args:
         loss_weight: factor of the loss, finite and at least 0.
-        temperature: softens both: a number above 0, or the config of a registered
+        temperature: softens both: a number from 0.001 to 1000, or the config of a registered
             temperature. The loss is multiplied by its square.
         region: which positions of a map count: those whose centre lies inside a
             labelled box (``'boxes'``, on every level alike), those where the
@@ -170,7 +172,7 @@ class LocalizationKLLoss(SoftenedLoss):
             known = distributions_of(head)
             if known is None:
                 raise ConfigError(
-                    f'{owner}: the {side} must predict where an edge lies as a distribution over bins (GFLHead, LDHead), '
+                    f'{owner}: the {side} must predict where an edge lies as a distribution over bins (GFLHead), '
                     f'got {type(head).__name__}, which predicts plain numbers. Tap features or class scores of it, '
                     'or train it with a head that has distributions.'
                 )

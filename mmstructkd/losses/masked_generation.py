@@ -47,8 +47,9 @@ class MaskedGenerationLoss(DistillLoss):
     stage of the backbone, together with
     ``ChannelwiseKLLoss(3.0, temperature=4)`` on the class scores.
 
-    A sum over positions grows with the crop; here padding and pixels without a
-    label are no part of it, and images without a pixel that counts not of B.
+    A sum over positions grows with the crop. Pixels without a label are part of
+    it, as in the published code (``where='inside'``); padding is not, and images
+    without a pixel that counts are no part of B.
 
     Args:
         loss_weight: factor of the loss, finite and at least 0.

@@ -82,8 +82,8 @@ class MemoryContrastLoss(SoftenedLoss):
     Args:
         loss_weight: factor of the loss, finite and at least 0.
         num_classes: C, of the labels.
-        temperature: of the softmax over cosines: a number above 0, or the config of a registered
-            temperature.
+        temperature: of the softmax over cosines: a number from 0.001 to 1000, or the
+            config of a registered temperature.
         kd_temperature: divides once more; the loss is multiplied by its square.
         pixel_weight: :math:`\lambda_p`, at least 0.
         region_weight: :math:`\lambda_r`, at least 0.
@@ -107,7 +107,8 @@ class MemoryContrastLoss(SoftenedLoss):
         - output: scalar, in nats, mean over anchors, 0 with a graph where no
           pixel counts.
 
-    Pixels without a label and padding are 0 before the projection (and so have
+    Only labelled pixels count (``where='labelled'``): a pixel is remembered by its
+    class. Pixels without a label and padding are 0 before the projection (and so have
     a part in its BatchNorm), are no anchors, and are not remembered.
 
     Raises:

@@ -21,6 +21,9 @@ class OrdinalRelationLoss(SampledDepthLoss):
     formula. Needs no common scale of the two maps. Tap the depth maps. There is
     no published weight for distillation; Chen et al. train on this loss alone.
 
+    Pixels count where the teacher has a reading, labelled or not
+    (``where='inside'``): teaching beyond the ground truth is what it is for.
+
     Args:
         loss_weight: factor of the loss, finite and at least 0.
         num_pairs: how many pairs to draw from each image in each step.

@@ -76,7 +76,8 @@ class PairwiseAffinityLoss(DistillLoss):
         - student: :math:`(B, D_s, H, W)`; teacher: :math:`(B, D_t, H, W)`, detached.
         - output: scalar in [0, 4], no unit, 0 with a graph where no pixel counts.
 
-    Pixels without a label and padding are no part of any node.
+    Pixels without a label count, as in the published code
+    (``where='inside'``); padding is no part of any node.
 
     Raises:
         ConfigError: an argument is out of range or contradicts the preset.

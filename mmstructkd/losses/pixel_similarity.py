@@ -41,8 +41,9 @@ class PixelSimilarityLoss(DistillLoss):
         - student: :math:`(B, D_s, H, W)`; teacher: :math:`(B, D_t, H, W)`, detached.
         - output: scalar in [0, 4], no unit, 0 with a graph where no pixel counts.
 
-    Pixels without a label and padding are left out of the distance. In the
-    connector they have a part in the length of the attention.
+    Pixels without a label count, as in that re-implementation
+    (``where='inside'``); padding is left out of the distance. In the connector
+    it has a part in the length of the attention.
 
     Raises:
         ShapeError: the maps do not fit each other, or are no residuals.

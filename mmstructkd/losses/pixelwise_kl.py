@@ -45,13 +45,13 @@ class PixelwiseKLLoss(SoftenedLoss):
 
     ``'code'``: the authors' released code divides by the pixels of one image,
     not by those of the batch, so that its weight of 10 is 10 B on the mean, with
-    B the images of one process. It counts pixels without a label like all
-    others; here these count nowhere. The default weight of 1 is winycg/CIRKD's on
-    this mean.
+    B the images of one process. The default weight of 1 is winycg/CIRKD's on this
+    mean. Pixels without a label count like all others, as in that code
+    (``where='inside'``).
 
     Args:
         loss_weight: factor of the loss, finite and at least 0.
-        temperature: softens both distributions: a number above 0, or the config
+        temperature: softens both distributions: a number from 0.001 to 1000, or the config
             of a registered temperature. The loss is multiplied by its square.
         batch_reduction: ``'mean'`` over the pixels of the batch that count, or
             ``'sum'``: that mean times B.

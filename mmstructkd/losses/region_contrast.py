@@ -114,7 +114,7 @@ class RegionContrastLoss(SoftenedLoss):
         regions: ``'classes'``, ``'boxes'`` or ``'cells'``.
         num_classes: of labels or boxes; needed for ``'classes'`` and for the
             queue.
-        temperature: of the contrast: a number above 0, or the config of a registered
+        temperature: of the contrast: a number from 0.001 to 1000, or the config of a registered
             temperature.
         channels: width of the embeddings.
         max_instances: regions of a batch that are compared, drawn at random.
@@ -130,7 +130,9 @@ class RegionContrastLoss(SoftenedLoss):
         - output: scalar, mean over regions, 0 with a graph where no region has a
           negative. Not 0 where both networks agree.
 
-    Pixels without a label and padding are no part of any region.
+    Pixels without a label count in boxes and cells (``where='inside'``; the
+    published code takes whole images), with ``regions='classes'`` labelled ones
+    only. Padding is no part of any region.
 
     Raises:
         ConfigError: an argument is out of range, the batch lacks labels or

@@ -24,6 +24,9 @@ class ScaleShiftInvariantLoss(DepthLoss):
     the student's depth is compared with it. MiDaS uses a weight of 1 on
     normalised disparity; there is no published one for distillation.
 
+    Pixels count where the teacher has a reading, labelled or not
+    (``where='inside'``): teaching beyond the ground truth is what it is for.
+
     Args:
         loss_weight: factor of the loss, finite and at least 0.
         robust: align by median and mean deviation, and take absolute instead of

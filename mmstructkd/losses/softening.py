@@ -23,7 +23,7 @@ class SoftenedLoss(DistillLoss):
 
     Args:
         loss_weight: factor of the loss, finite and at least 0.
-        temperature: a number above 0, or the config of a registered temperature
+        temperature: a number from 0.001 to 1000, or the config of a registered temperature
             (``ScheduledTemperature``, ``LearnableTemperature``, ...).
 
     Attributes:

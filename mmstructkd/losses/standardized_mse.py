@@ -58,7 +58,8 @@ class StandardizedMSELoss(DistillLoss):
         - output: scalar in [0, 4], 0 with a graph where no pixel counts, and
           where there is one position only.
 
-    Pixels without a label and padding are no part of the statistics.
+    Pixels without a label count, as in the published code
+    (``where='inside'``); padding is no part of the statistics.
 
     Raises:
         ConfigError: an argument is out of range or contradicts the preset.

@@ -24,6 +24,9 @@ class VirtualNormalLoss(SampledDepthLoss):
     bins with a weight of 6. It says nothing about scale: give it a regression
     beside it.
 
+    Pixels count where the teacher has a reading, labelled or not
+    (``where='inside'``): teaching beyond the ground truth is what it is for.
+
     Args:
         loss_weight: factor of the loss, finite and at least 0.
         num_triplets: how many triplets to draw from each image in each step.

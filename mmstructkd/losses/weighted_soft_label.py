@@ -25,11 +25,12 @@ class WeightedSoftLabelLoss(SoftenedLoss):
     :func:`~mmstructkd.functional.logits.weighted_soft_label_loss` for the formula;
     it is a cross-entropy and so not 0 on itself. Tap class scores of the same
     classes in both networks. The default weight of 2.5 and temperature of 2 are
-    the authors' for ImageNet; they have none for maps.
+    the authors' for ImageNet; they have none for maps. Only labelled pixels count
+    (``where='labelled'``), all with ``target='teacher'``.
 
     Args:
         loss_weight: factor of the loss, finite and at least 0.
-        temperature: softens both: a number above 0, or the config of a registered
+        temperature: softens both: a number from 0.001 to 1000, or the config of a registered
             temperature. The loss is multiplied by its square; the weights are
             taken at temperature 1 of the same scores.
         target: the right class is that of the ``'labels'``, or the one that the

@@ -27,6 +27,8 @@ class ZipfLabelLoss(DistillLoss):
     distils a network into itself: **no probabilities of the teacher are used**, at
     most its votes. Tap class scores. The default weight of 0.1 is the authors' for
     CIFAR and ImageNet, 1.0 theirs for TinyImageNet; there is no evidence for maps.
+    Only labelled pixels count (``where='labelled'``), all with
+    ``target='teacher'``. Needs three classes.
 
     Args:
         loss_weight: factor of the loss, finite and at least 0.
