@@ -25,6 +25,7 @@ __all__ = [
     'check_one_of',
     'check_positive',
     'check_same',
+    'check_some_weight',
     'shown',
     'suggest',
 ]
@@ -121,6 +122,23 @@ def check_positive(owner: str, argument: str, value: Any) -> None:
     number = isinstance(value, Real) and not isinstance(value, bool)
     if not number or not math.isfinite(value) or value <= 0:
         raise ConfigError(f'{owner}: `{argument}` must be a finite number above 0, got {value!r}.')
+
+
+def check_some_weight(owner: str, **weights: float) -> None:
+    """Raise :class:`ConfigError` unless each weight is finite and at least 0, and one of them is above 0.
+
+    Args:
+        owner: who asks, for the message.
+        **weights: the weights of the parts of a sum, by argument.
+    """
+    for name, value in weights.items():
+        check_finite_number(owner, name, value, minimum=0)
+    if not any(weights.values()):
+        names = ', '.join(f'`{name}`' for name in weights)
+        raise ConfigError(
+            f'{owner}: one of {names} must be above 0, got 0 for all: nothing would be compared. '
+            'Set loss_weight=0 to switch the loss off.'
+        )
 
 
 def check_ndim(owner: str, argument: str, tensor: Tensor, ndim: int | Sequence[int], layout: str) -> None:

@@ -25,6 +25,7 @@ from torch.autograd.graph import GradientEdge
 
 from mmstructkd import compat
 from mmstructkd.checkpoints import IN_CONFIG, consented, read_checkpoint, trusts
+from mmstructkd.distillers.class_names import check_class_names, names_of_config, names_of_teacher
 from mmstructkd.distillers.loading import DISTILLER, _drop_pretrained
 from mmstructkd.distillers.structured_distiller import Observation, StructuredDistiller
 from mmstructkd.distillers.term import Term
@@ -233,6 +234,7 @@ def build_distiller(cfg: Config, *, random_init: bool = False) -> StructuredDist
     set_random_seed((cfg.get('randomness') or {}).get('seed') or 0)
     with consented(trusts(cfg), IN_CONFIG):
         distiller = MODELS.build(model)
+        check_class_names(distiller.terms.values(), names_of_config(cfg), names_of_teacher(distiller.teacher))
         distiller.init_weights()
         if cfg.get('load_from') and not random_init:
             _load_from(distiller, cfg.load_from)

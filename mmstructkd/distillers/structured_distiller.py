@@ -17,7 +17,15 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 
 from mmstructkd.distillers.step_record import Fault, StepRecord, explain
-from mmstructkd.distillers.targets import branches_of, collect_targets, head_of, probe_samples, probe_targets, task_of
+from mmstructkd.distillers.targets import (
+    branches_of,
+    collect_targets,
+    head_of,
+    num_classes_of,
+    probe_samples,
+    probe_targets,
+    task_of,
+)
 from mmstructkd.distillers.teacher import TeacherSource
 from mmstructkd.distillers.term import Term, parse_terms
 from mmstructkd.errors import CheckpointError, ConfigError, shown
@@ -183,8 +191,12 @@ class StructuredDistiller(BaseModel):
         observed = self._teacher.probe(inputs, samples, teacher_taps)
         classes = (_num_classes(self.student), _num_classes(teacher_network))
         known = probe_targets(task_of(self.student), 1, classes[0], PROBE_SIZE)
+        # A random teacher agrees with no ground truth, and is asked for none.
+        trained = getattr(self._teacher, 'checkpoint', '') is not None
         for term in self.terms.values():
-            term.bind(capture.records, observed.records, classes, known, regions, teacher_network)
+            term.bind(
+                capture.records, observed.records, classes, known, regions, teacher_network, self.student, trained
+            )
             for level in term.levels:
                 print_log(
                     f'term {term.name!r}: student {level.student_tap} {level.student}, '
@@ -463,4 +475,4 @@ def _hidden_networks(network: nn.Module) -> list[nn.Module]:
 
 def _num_classes(network: nn.Module | None) -> int | None:
     """Number of classes of a network's head, where it has one."""
-    return None if network is None else getattr(head_of(network), 'num_classes', None)
+    return None if network is None else num_classes_of(head_of(network))

@@ -163,6 +163,7 @@ class FrozenTeacher(TeacherSource):
                 'Give a path or URL (allow_random=True distils from a random teacher).'
             )
         self.config = config if isinstance(config, str) else 'inline'
+        self.source = config  # its dataset names the classes
         self.checkpoint = None if checkpoint is None else os.fspath(checkpoint)
         self.prefix = prefix
         self.hash: str | None = None

@@ -109,7 +109,8 @@ def _geometry(nodes: Tensor, counts: Tensor | None, floor: float) -> tuple[Tenso
     length = gram.diagonal(dim1=1, dim2=2)
     both = length[:, :, None] + length[:, None, :]
     square = both - 2 * gram
-    apart = square.detach() > (_ROUNDING * both.detach()).clamp(min=floor**2)
+    # Not `>`: what is not a number stays one.
+    apart = ~(square.detach() <= (_ROUNDING * both.detach()).clamp(min=floor**2))
     safe = torch.where(apart, square, 1)
     return gram, torch.where(apart, safe.sqrt(), 0), torch.where(apart, safe.rsqrt(), 0)
 

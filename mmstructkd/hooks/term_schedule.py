@@ -8,6 +8,7 @@ from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 
+from mmstructkd.distillers.class_names import check_class_names, names_of_dataset, names_of_teacher
 from mmstructkd.distillers.schedule import WeightSchedule
 from mmstructkd.errors import ConfigError
 from mmstructkd.registry import HOOKS
@@ -32,17 +33,21 @@ class TermScheduleHook(Hook):
         self._followers: list[Any] | None = None
 
     def before_train(self, runner: Runner) -> None:
-        """Look for the modules that follow the training, once, and for terms that never count.
+        """Look for modules that follow the training and for terms that never count; compare the names of classes.
 
         Args:
             runner: the runner.
 
         Raises:
-            ConfigError: the factor of a term is 0 throughout this training.
+            ConfigError: the factor of a term is 0 throughout this training, or the
+                teacher has the student's classes in another order.
         """
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
         for name, term in model.terms.items():
             _check_counts(name, term.schedule, runner, model.teacher)
+        if any(getattr(term, 'by_class', False) for term in model.terms.values()):
+            dataset = getattr(runner.train_dataloader, 'dataset', None)
+            check_class_names(model.terms.values(), names_of_dataset(dataset), names_of_teacher(model.teacher))
         self._followers = [module for module in model.terms.modules() if hasattr(module, 'set_progress')]
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
