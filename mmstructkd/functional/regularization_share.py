@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mmstructkd.functional.logits import _check_scores, _labelled, _only
+from mmstructkd.functional.logits import _labelled, _only, _scores
 from mmstructkd.functional.precision import full_precision
 from mmstructkd.functional.reduce import masked_mean
 from mmstructkd.functional.softening import check_temperature, log_of_classes
@@ -61,7 +61,7 @@ def regularization_share(
     """
     owner = 'regularization_share'
     check_temperature(owner, temperature)
-    _check_scores(owner, student, teacher)
+    student, teacher = _scores(owner, student, teacher)
     index, counts = _labelled(owner, student, labels, ignore_index, valid)
     student, teacher = _only(counts, student.detach(), teacher.detach())
     own_s, own_t = (log_of_classes(z, temperature).gather(1, index.unsqueeze(1)).squeeze(1) for z in (student, teacher))
