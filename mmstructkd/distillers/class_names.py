@@ -10,7 +10,7 @@ from mmengine.config import Config
 from mmengine.logging import print_log
 from mmengine.registry import DATASETS
 
-from mmstructkd.compat import read_checkpoint
+from mmstructkd.checkpoints import read_checkpoint
 from mmstructkd.distillers.teacher import TeacherSource
 from mmstructkd.distillers.term import Term
 from mmstructkd.errors import CheckpointError, ConfigError

@@ -17,7 +17,7 @@ from mmseg.models.decode_heads import FCNHead
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mmstructkd.compat import read_checkpoint
+from mmstructkd.checkpoints import read_checkpoint
 from mmstructkd.distillers import FrozenTeacher, randomness
 from mmstructkd.distillers.loading import build_network
 from mmstructkd.distillers.randomness import own_stream

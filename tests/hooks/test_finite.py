@@ -17,7 +17,7 @@ from mmengine.runner import Runner
 from mmengine.structures import InstanceData, PixelData
 from torch import Tensor, nn
 
-from mmstructkd.compat import read_checkpoint
+from mmstructkd.checkpoints import read_checkpoint
 from mmstructkd.distillers.step_record import StepRecord, explain, not_finite
 from mmstructkd.hooks import FiniteCheckpointHook
 from mmstructkd.optim import for_distiller
