@@ -105,8 +105,9 @@ class RegionContrastLoss(SoftenedLoss):
 
     What is drawn where there are too many depends on a step counter alone, which
     is saved with the queue, so that a resumed run goes on exactly. Processes
-    gather what they remember and must have as many images each. In eval mode
-    nothing is remembered.
+    gather what they remember, so that one queue serves all, and must have as many
+    images each; besides it, a region is compared with those of its own process
+    (in ``'wasserstein'`` with these alone). In eval mode nothing is remembered.
 
     Args:
         loss_weight: factor of the loss, finite and at least 0.
