@@ -27,9 +27,9 @@ class Fault:
             this process cannot tell.
         cause: where it came from.
         way_out: what to do about it.
-        evidence: 2 where a loss of this process is not finite, 1 where it found
-            the cause, 0 where it only knows that something is wrong: of several
-            processes those with the most are heard.
+        evidence: 2 where this process found the cause, 1 where a number of its own
+            is not finite, 0 where it only has what all share: of several processes
+            those with the most are heard.
     """
 
     what: str
@@ -147,15 +147,15 @@ def explain(
         return Fault('')
     if record is None:
         return Fault(what)
-    fault = _brought_in(model, record) or _own(model, record, bad, gradients or {}, culprits)
-    return dataclasses.replace(fault, what=what, evidence=2 if bad else fault.evidence)
+    fault = _brought_in(model, record) or _own(model, record, bad, gradients or {}, buffers or {}, culprits)
+    return dataclasses.replace(fault, what=what)
 
 
 def _brought_in(model: nn.Module, record: StepRecord) -> Fault | None:
     """Blame images, teacher or student where their tensors are not finite."""
     images = {name: ailing for name, image in _images(record) if (ailing := ailment(image))}
     if images:
-        return Fault('', 'images', f'Side: images. {_listed(images)}.', 'Look at these files and at the pipeline.', 1)
+        return Fault('', 'images', f'Side: images. {_listed(images)}.', 'Look at these files and at the pipeline.', 2)
     teacher, student = (_tapped(record, side) for side in ('teacher', 'student'))
     weights = {
         name: ailing for name, weight in model.student.named_parameters() if (ailing := ailment(weight))
@@ -186,11 +186,16 @@ def _brought_in(model: nn.Module, record: StepRecord) -> Fault | None:
     if not faults:
         return None
     sides, causes, ways = (list(parts) for parts in zip(*[(f.side, f.cause, f.way_out) for f in faults], strict=True))
-    return Fault('', ' and '.join(sides), ' '.join(causes), ' '.join(ways), 1)
+    return Fault('', ' and '.join(sides), ' '.join(causes), ' '.join(ways), 2)
 
 
 def _own(
-    model: nn.Module, record: StepRecord, bad: Sequence[str], gradients: Mapping[str, str], culprits: Sequence[str]
+    model: nn.Module,
+    record: StepRecord,
+    bad: Sequence[str],
+    gradients: Mapping[str, str],
+    buffers: Mapping[str, str],
+    culprits: Sequence[str],
 ) -> Fault:
     """Blame the terms' own modules, the labels or a loss where both networks are sound."""
     for name, term in model.terms.items():
@@ -204,21 +209,22 @@ def _own(
                 f'Lower its learning rate: the `optimizer` of the term {name!r}, else that of the student.'
                 if side == 'critic'
                 else 'Lower the learning rate, or clip gradients: clip_grad.',
-                1,
+                2,
             )
     labels = {name: ailing for name, label in _labels(record) if (ailing := ailment(label))}
-    if not bad and gradients and all(name.startswith("term '") for name in gradients):
-        where = next(iter(gradients))
+    moved = gradients or buffers
+    if not bad and moved and all(name.startswith("term '") for name in moved):
+        where = next(iter(moved))
         return Fault(
             '',
             part_of(where),
             f'Side: {part_of(where)} of {where.partition(":")[0]}. All tensors that the terms use are finite.',
             'Lower the learning rate, or clip gradients: clip_grad.',
-            1,
+            0 if gradients else 1,
         )
     terms = _terms_of([*bad, *culprits], record)
     if labels and (bad or gradients):
-        return Fault('', 'labels', f'Side: labels. {_listed(labels)}.', 'Look at these files and at the pipeline.', 1)
+        return Fault('', 'labels', f'Side: labels. {_listed(labels)}.', 'Look at these files and at the pipeline.', 2)
     if terms:
         named = ', '.join(repr(name) for name in terms)
         return Fault(
@@ -234,6 +240,7 @@ def _own(
         'student',
         f'Side: student.{own} All tensors that the terms use are finite.',
         'Lower the learning rate, or look at the labels of this batch.',
+        1 if bad or not gradients else 0,
     )
 
 

@@ -25,8 +25,12 @@ class CrossImageKLLoss(SoftenedLoss):
     Mini-batch term of Cross-Image Relational distillation, CIRKD (CVPR 2022).
     See :func:`~mmstructkd.functional.relation.cross_image_kl_loss` for the
     formula. Tap features, e.g. the last ones before the classifier; widths may
-    differ. The default weight is published. Images are those of one process.
-    The memory terms are :class:`~mmstructkd.losses.MemoryContrastLoss`.
+    differ. The default weight is published. The memory terms are
+    :class:`~mmstructkd.losses.MemoryContrastLoss`.
+
+    With several processes each compares its own images, B^2 pairs, so that the
+    gradient is the mean over their batches, not that of one joint batch: n
+    processes of B images see n B^2 pairs, one process of n B images n^2 B^2.
 
     Args:
         loss_weight: factor of the loss, finite and at least 0.

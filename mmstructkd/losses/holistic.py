@@ -160,10 +160,11 @@ class HolisticLoss(DistillLoss):
     left, both parts are 0 with a graph.
 
     The interpolation draws from its own generator, made of the seed and a step
-    counter that are saved with the module. So a resumed run goes on exactly,
-    the student alone sees the same random numbers as the distilled one, and
-    several processes draw what one would for their joint batch. The critic's
-    BatchNorm normalises over it as well, so that n processes equal one.
+    counter that are saved with the module. So a resumed run goes on exactly, and
+    the student alone sees the same random numbers as the distilled one.
+
+    With several processes the draws are those for their joint batch, and the
+    critic's BatchNorm normalises over it, so that n processes equal one.
 
     Costs four forward passes of the critic and a second-order backward pass.
 

@@ -76,8 +76,12 @@ class MemoryContrastLoss(SoftenedLoss):
     In training the batch's own keys are appended first, then keys are drawn. In
     eval mode nothing is appended; the batch's keys stand beside those drawn.
     What is drawn depends on a step counter alone, which is saved, so that a
-    resumed run goes on exactly and all processes draw alike. They gather their
-    keys and must have as many images each.
+    resumed run goes on exactly and all processes draw alike.
+
+    With several processes keys are gathered, so that one memory serves all, and
+    each must have as many images; the anchors are a process's own pixels, and so
+    are the statistics of the projection's BatchNorm unless ``norm_cfg`` says
+    SyncBN.
 
     Args:
         loss_weight: factor of the loss, finite and at least 0.

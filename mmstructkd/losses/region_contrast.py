@@ -104,9 +104,12 @@ class RegionContrastLoss(SoftenedLoss):
     - ``'cells'``: the cells of a grid. All others are negatives; no queue.
 
     What is drawn where there are too many depends on a step counter alone, which
-    is saved with the queue, so that a resumed run goes on exactly. Processes
-    gather what they remember and must have as many images each. In eval mode
+    is saved with the queue, so that a resumed run goes on exactly. In eval mode
     nothing is remembered.
+
+    With several processes what is remembered is gathered, so that one queue
+    serves all, and each must have as many images; besides the queue, a region is
+    compared with those of its own process (in ``'wasserstein'`` with these alone).
 
     Args:
         loss_weight: factor of the loss, finite and at least 0.

@@ -249,7 +249,7 @@ class DistillStep(OptimWrapper):
             return f'{head}{reason}{fault}'
         faults = all_gather_object(fault)
         most = max(found.evidence for found in faults)
-        if most == 0:
+        if most == 0:  # reduced gradients are the same everywhere
             return f'{head}{reason}{faults[0]}'
         named = [f'rank {rank}: {found}' for rank, found in enumerate(faults) if found.evidence == most]
         return f'{head}{reason}{" ".join(named)}'
