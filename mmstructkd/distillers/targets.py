@@ -58,10 +58,12 @@ def head_at(network: nn.Module | None, path: str) -> nn.Module | None:
         return None
     parts = path.split('.')
     for end in range(len(parts), 0, -1):
-        if not any('head' in part for part in parts[:end]):
-            break
+        # One of several heads is called by its number: 'decode_head.1'.
+        name = parts[end - 2] if parts[end - 1].isdigit() and end > 1 else parts[end - 1]
+        if 'head' not in name:
+            continue
         module = network.get_submodule('.'.join(parts[:end]))
-        if any(isinstance(getattr(module, name, None), (int, float)) for name in ('num_classes', 'max_depth')):
+        if any(isinstance(getattr(module, fact, None), (int, float)) for fact in ('num_classes', 'max_depth')):
             return module
     return head_of(network)
 

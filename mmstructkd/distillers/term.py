@@ -489,9 +489,17 @@ class Term(nn.Module):
         """
         if None in classes or classes[0] == classes[1] or 1 in (student.dim(), teacher.dim()):
             return False
-        wide = student.shape[1], teacher.shape[1]
+        wide = self._classes_of((student.shape[1], teacher.shape[1]), classes)
         anchors = {width / count for width, count in zip(wide, classes, strict=True)}
         return len(anchors) == 1 or wide == (classes[0] + 1, classes[1] + 1)
+
+    @staticmethod
+    def _classes_of(widths: tuple[int, int], classes: Pair) -> tuple[int, int]:
+        """Widths with two in the place of the one channel of a binary head."""
+        student, teacher = (
+            2 if width == 1 and count == 2 else width for width, count in zip(widths, classes, strict=True)
+        )
+        return student, teacher
 
     def _other_classes(self, classes: Pair) -> ConfigError:
         """The error for logits over other classes."""
@@ -529,7 +537,9 @@ class Term(nn.Module):
             widths = {name: width[0] for name, width in widths.items()}
         # A sigmoid's channel and a softmax's two are made comparable by the loss.
         differ = wide_s != wide_t and not self._binary((wide_s[0], wide_t[0]), heads)
-        scores = (wide_s[0], wide_t[0]) == classes and not getattr(self.loss, 'maps_classes', False)
+        scores = self._classes_of((wide_s[0], wide_t[0]), classes) == classes and not getattr(
+            self.loss, 'maps_classes', False
+        )
         if differ and scores and self.loss.needs_equal_channels:
             raise self._other_classes(classes)
         if self.connector_config is None:
