@@ -192,7 +192,7 @@ class FrozenTeacher(TeacherSource):
         network.eval()  # which need not return the network
         self.network = network
         if self._execution.channels_last:
-            self.network.to(memory_format=torch.channels_last)
+            nn.Module.to(network, memory_format=torch.channels_last)  # networks may have a `to` for devices alone
         self._folded: dict[str, str] | None = None
         self._shared = False
         self._convert: InputConversion | None = None
