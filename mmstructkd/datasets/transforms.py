@@ -27,11 +27,17 @@ class LoadScene(LoadImageFromFile):
         **kwargs: of mmcv's :class:`LoadImageFromFile`, for files.
     """
 
+    #: What mmcv's loader needs behind it to leave the same keys; for configs without this package.
+    plain_after = (dict(type='Resize', scale_factor=1.0),)
+
     def transform(self, results: dict) -> dict | None:
         """Add the image to ``results``."""
         scene = results.get('scene')
         if scene is None:
-            return super().transform(results)
+            loaded = super().transform(results)
+            if loaded is not None:
+                loaded.setdefault('scale_factor', (1.0, 1.0))
+            return loaded
         # a copy: the scene may be cached, and transforms write into the image
         image = scene.image.astype(np.float32) if self.to_float32 else scene.image.copy()
         results['img'] = image

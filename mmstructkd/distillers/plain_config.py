@@ -96,7 +96,7 @@ def _translated(value: Any) -> Any:
             if isinstance(item, Mapping) and own_name(item.get('type')) and isinstance(item.get('transforms'), list):
                 items += _translated(item['transforms'])
             else:
-                items.append(_translated(item))
+                items += [_translated(item), *_after(item)]
         return type(value)(item for item in items if item is not NOTHING)
     if not isinstance(value, Mapping):
         return value
@@ -106,6 +106,12 @@ def _translated(value: Any) -> Any:
             return NOTHING
     items = {key: _translated(item) for key, item in value.items()}
     return ConfigDict({key: item for key, item in items.items() if item is not NOTHING})
+
+
+def _after(step: Any) -> list[Mapping[str, Any]]:
+    """Steps that the counterpart of an own one needs behind it, as its class says."""
+    name = own_name(step.get('type')) if isinstance(step, Mapping) else None
+    return [dict(one) for one in getattr(_class_of(name), 'plain_after', ())] if name else []
 
 
 def _class_of(name: str) -> type | None:
