@@ -8,7 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mmstructkd.functional.logits import _check_scores, _labelled, _only
+from mmstructkd.errors import check_ndim, check_same
+from mmstructkd.functional.cross_entropy import two_classes
+from mmstructkd.functional.logits import _labelled, _only
 from mmstructkd.functional.precision import full_precision
 from mmstructkd.functional.reduce import masked_mean
 from mmstructkd.functional.softening import check_temperature, log_of_classes
@@ -37,8 +39,9 @@ def regularization_share(
     divergence; a number to look at, no loss.
 
     Args:
-        student: logits, shape (B, C, H, W) or (M, C), any float dtype. Detached here.
-        teacher: logits, same shape. Detached here.
+        student: logits, shape (B, C, H, W) or (M, C), any float dtype. One channel is
+            the score of a sigmoid. Detached here.
+        teacher: logits, same shape; one and two channels fit. Detached here.
         labels: integer classes, shape (B, h, w), brought to H x W by nearest, or
             (M,).
         temperature: of the divergence, above 0.
@@ -50,8 +53,8 @@ def regularization_share(
         Scalar in [0, 1], at least float32, without a graph; 0 where nothing counts.
 
     Raises:
-        ShapeError: the shapes differ or are no scores, there is one class only, or
-            ``labels`` or ``valid`` does not fit.
+        ShapeError: the shapes differ or are no scores, or ``labels`` or ``valid`` does
+            not fit.
         ConfigError: ``temperature`` is not above 0.
 
     Example:
@@ -61,7 +64,11 @@ def regularization_share(
     """
     owner = 'regularization_share'
     check_temperature(owner, temperature)
-    _check_scores(owner, student, teacher)
+    for name, logits in (('student', student), ('teacher', teacher)):
+        check_ndim(owner, name, logits, (2, 4), '(B, C, H, W) or (M, C)')
+    student, teacher = two_classes(student), two_classes(teacher)
+    axes, shared = (range(4), 'B, C, H and W') if student.dim() == 4 else (range(2), 'M and C')
+    check_same(owner, student, teacher, axes, shared, 'Resize the teacher with resize_map.')
     index, counts = _labelled(owner, student, labels, ignore_index, valid)
     student, teacher = _only(counts, student.detach(), teacher.detach())
     own_s, own_t = (log_of_classes(z, temperature).gather(1, index.unsqueeze(1)).squeeze(1) for z in (student, teacher))
