@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mmstructkd.errors import ConfigError, ShapeError, check_finite_number, check_ndim, check_same
-from mmstructkd.functional.cross_entropy import label_losses
+from mmstructkd.functional.cross_entropy import label_losses, two_classes
 from mmstructkd.functional.divergence import pixelwise_kl_loss
 from mmstructkd.functional.precision import full_precision
 from mmstructkd.functional.reduce import masked_mean, valid_pixels
@@ -97,7 +97,8 @@ def blended_cross_entropy_loss(
     The gradient reaches ``student``.
 
     Args:
-        student: logits of the blend, shape (B, C, H, W) or (B, C), any float dtype.
+        student: logits of the blend, shape (B, C, H, W) or (B, C), any float dtype. One
+            channel is the score of a sigmoid.
         labels: integer classes of the plain images, shape (B, h, w), brought to
             H x W by nearest, or (B,).
         index: :math:`\pi`, integer, shape (B,).
@@ -171,7 +172,7 @@ def blended_kl_losses(
 
     Args:
         mixed: logits of the blended images, shape (B, C, H, W) or (B, C), any float
-            dtype.
+            dtype. One channel is the score of a sigmoid.
         plain: logits of the plain ones, same shape.
         index: :math:`\pi`, integer, shape (B,).
         share: g, in [0, 1], a number, or a tensor: one for all, or (B,).
@@ -205,6 +206,7 @@ def blended_kl_losses(
             f'{_WAY_OUT}'
         )
     _check_pairs(owner, mixed.shape[0], index, share)
+    mixed, plain = two_classes(mixed), two_classes(plain)
     counts = valid_pixels(owner, mixed, valid=valid)
     if counts is not None:
         counts = counts & counts[index]

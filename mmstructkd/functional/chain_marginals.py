@@ -255,4 +255,5 @@ def chain_cross_entropy_loss(
 
 def _expected(probability: Tensor, score: Tensor) -> Tensor:
     """Their product; what never happens costs nothing, however forbidden it is."""
-    return torch.where(probability > 0, probability * score, 0)
+    # Not `probability > 0`: what is not a number stays one.
+    return torch.where(probability <= 0, 0, probability * score)

@@ -14,7 +14,23 @@ from mmstructkd.functional.precision import full_precision
 from mmstructkd.functional.reduce import masked_mean
 from mmstructkd.functional.softening import LOWEST, log_of_classes
 
-__all__ = ['cross_entropy_loss', 'label_losses']
+__all__ = ['cross_entropy_loss', 'label_losses', 'two_classes']
+
+
+def two_classes(scores: Tensor) -> Tensor:
+    """Scores (0, z) of two classes for one channel, the score z of a sigmoid; anything else as it is.
+
+    Args:
+        scores: shape (B, C, H, W) or (M, C).
+
+    Returns:
+        Shape (B, 2, H, W) or (M, 2) for C = 1.
+
+    Example:
+        >>> two_classes(torch.tensor([[3.0]]))
+        tensor([[0., 3.]])
+    """
+    return torch.cat([torch.zeros_like(scores), scores], dim=1) if scores.shape[1] == 1 else scores
 
 
 @full_precision
@@ -29,7 +45,8 @@ def label_losses(
     """Cross-entropy of each pixel with its label, and which pixels have one.
 
     Args:
-        scores: logits, shape (B, C, H, W) or (M, C), any float dtype.
+        scores: logits, shape (B, C, H, W) or (M, C), any float dtype. One channel is
+            the score of a sigmoid.
         labels: integer classes, shape (B, h, w), brought to H x W by nearest, or
             (M,).
         ignore_index: pixels with this label do not count; nor do labels that are
@@ -52,6 +69,7 @@ def label_losses(
         (tensor([0.6931, 0.0000]), tensor([ True, False]))
     """
     check_ndim(owner, 'scores', scores, (2, 4), '(B, C, H, W) or (M, C)')
+    scores = two_classes(scores)
     index, counts = _labelled(owner, scores, labels, ignore_index, valid)
     (scores,) = _only(counts, scores)
     own = log_of_classes(scores, 1.0).clamp(min=LOWEST).gather(1, index.unsqueeze(1)).squeeze(1)
@@ -76,7 +94,8 @@ def cross_entropy_loss(
     is added to all logits of a pixel.
 
     Args:
-        student: logits, shape (B, C, H, W) or (M, C), any float dtype.
+        student: logits, shape (B, C, H, W) or (M, C), any float dtype. One channel
+            is the score of a sigmoid.
         labels: integer classes, shape (B, h, w), brought to H x W by nearest, or
             (M,).
         ignore_index: pixels with this label do not count; nor do labels that are

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mmstructkd.errors import ShapeError, check_finite_number, check_ndim, check_positive, check_same
+from mmstructkd.functional.cross_entropy import two_classes
 from mmstructkd.functional.precision import full_precision
 from mmstructkd.functional.reduce import masked_mean, valid_pixels
 from mmstructkd.functional.softening import kl_along, log_of_classes
@@ -74,8 +75,9 @@ def instance_temperature_kl_loss(
     when a constant is added to all logits of a pixel.
 
     Args:
-        student: logits, shape (B, C, H, W) or (M, C), any float dtype.
-        teacher: logits, same shape. Detached here.
+        student: logits, shape (B, C, H, W) or (M, C), any float dtype. One channel
+            is the score of a sigmoid.
+        teacher: logits, same shape; one and two channels fit. Detached here.
         temperature: above 0 wherever a pixel counts (not looked at, which would
             wait for the device), shape (B, 1, H, W), (B, 1, 1, 1) or (M, 1).
         labels: integer classes, shape (B, h, w), brought to H x W by nearest, or
@@ -103,6 +105,7 @@ def instance_temperature_kl_loss(
     owner = 'instance_temperature_kl_loss'
     for name, logits in (('student', student), ('teacher', teacher)):
         check_ndim(owner, name, logits, (2, 4), '(B, C, H, W) or (M, C)')
+    student, teacher = two_classes(student), two_classes(teacher)
     axes, shared = (range(4), 'B, C, H and W') if student.dim() == 4 else (range(2), 'M and C')
     check_same(owner, student, teacher, axes, shared, _WAY_OUT)
     number, size = student.shape[0], tuple(student.shape[2:])
@@ -118,5 +121,9 @@ def instance_temperature_kl_loss(
         # Whatever stands where nothing counts, NaN included, reaches no gradient, also not the temperature's.
         student, teacher = (torch.where(counts.unsqueeze(1), z, 0) for z in (student, teacher))
         temperature = torch.where(counts.unsqueeze(1), temperature, 1)
+    # Minus infinity, a class of probability 0, would give a temperature that learns a gradient of NaN. Some way
+    # above the end of the range, so that a temperature below 1 does not lead there either.
+    lowest = torch.finfo(student.dtype).min / 256
+    student, teacher = student.clamp(min=lowest), teacher.clamp(min=lowest)
     gap = kl_along(log_of_classes(student, temperature), log_of_classes(teacher, temperature), 1)
     return masked_mean(temperature.squeeze(1).square() * gap, counts)

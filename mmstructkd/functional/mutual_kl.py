@@ -10,7 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mmstructkd.errors import ShapeError, check_one_of
+from mmstructkd.errors import ShapeError, check_ndim, check_one_of
+from mmstructkd.functional.cross_entropy import two_classes
 from mmstructkd.functional.divergence import pixelwise_kl_loss
 
 __all__ = ['mutual_kl_losses']
@@ -46,7 +47,7 @@ def mutual_kl_losses(
 
     Args:
         peers: logits of each, at least two, shape (B, C, H, W) or (M, C), any
-            float dtype.
+            float dtype. One channel is the score of a sigmoid.
         temperature: T, above 0, a number or a scalar tensor.
         towards: ``'others'`` or ``'mean'``.
         labels: integer classes, shape (B, h, w), brought to H x W by nearest, or
@@ -73,6 +74,9 @@ def mutual_kl_losses(
     check_one_of(owner, 'towards', towards, TOWARDS)
     if len(peers) < 2:
         raise ShapeError(f'{owner}: `peers` must be at least 2, got {len(peers)}.')
+    for peer in peers:
+        check_ndim(owner, 'peers', peer, (2, 4), '(B, C, H, W) or (M, C)')
+    peers = [two_classes(peer) for peer in peers]
     if any(peer.shape != peers[0].shape for peer in peers):
         raise ShapeError(
             f'{owner}: `peers` must share one shape, got {[tuple(peer.shape) for peer in peers]}. '

@@ -10,6 +10,7 @@ import torch.nn.functional as torch_functional
 from torch import Tensor
 
 from mmstructkd.errors import ConfigError, ShapeError, check_ndim, check_one_of, check_positive
+from mmstructkd.functional.cross_entropy import two_classes
 from mmstructkd.functional.precision import exact_matmul, full_precision
 from mmstructkd.functional.resize import _check_size
 
@@ -111,7 +112,8 @@ def pool_probabilities(scores: Tensor, size: tuple[int, int], *, temperature: fl
     teacher with finer factors, in a dense reading of ours.
 
     Args:
-        scores: logits, shape (B, C, H, W), any float dtype.
+        scores: logits, shape (B, C, H, W), any float dtype. One channel is the score of
+            a sigmoid, and makes two classes.
         size: (h, w), at most (H, W).
         temperature: T, above 0. The result has it in it: a loss takes it at 1.
 
@@ -140,6 +142,6 @@ def pool_probabilities(scores: Tensor, size: tuple[int, int], *, temperature: fl
         raise ConfigError(
             f'{owner}: `size` must be at most {tuple(scores.shape[2:])}, got {size}. Larger grids are for resize_map.'
         )
-    probability = torch.softmax(scores / temperature, dim=1)
+    probability = torch.softmax(two_classes(scores) / temperature, dim=1)
     pooled = torch_functional.adaptive_avg_pool2d(probability, size)
     return pooled.clamp(min=torch.finfo(pooled.dtype).tiny).log()

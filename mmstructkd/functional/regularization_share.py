@@ -37,8 +37,9 @@ def regularization_share(
     divergence; a number to look at, no loss.
 
     Args:
-        student: logits, shape (B, C, H, W) or (M, C), any float dtype. Detached here.
-        teacher: logits, same shape. Detached here.
+        student: logits, shape (B, C, H, W) or (M, C), any float dtype. One channel is
+            the score of a sigmoid. Detached here.
+        teacher: logits, same shape; one and two channels fit. Detached here.
         labels: integer classes, shape (B, h, w), brought to H x W by nearest, or
             (M,).
         temperature: of the divergence, above 0.
@@ -50,8 +51,8 @@ def regularization_share(
         Scalar in [0, 1], at least float32, without a graph; 0 where nothing counts.
 
     Raises:
-        ShapeError: the shapes differ or are no scores, there is one class only, or
-            ``labels`` or ``valid`` does not fit.
+        ShapeError: the shapes differ or are no scores, or ``labels`` or ``valid`` does
+            not fit.
         ConfigError: ``temperature`` is not above 0.
 
     Example:

@@ -17,6 +17,7 @@ from mmstructkd.errors import (
     check_positive,
     check_same,
 )
+from mmstructkd.functional.cross_entropy import two_classes
 from mmstructkd.functional.precision import full_precision
 from mmstructkd.functional.reduce import valid_pixels
 from mmstructkd.functional.score_fusion import score_confidence
@@ -228,7 +229,8 @@ def score_disagreement(first: Tensor, second: Tensor) -> Tensor:
     back (:func:`turn_back`). Symmetric; 0 where both agree.
 
     Args:
-        first: logits, shape (B, C, H, W) or (M, C), any float dtype. Detached here.
+        first: logits, shape (B, C, H, W) or (M, C), any float dtype. One channel is the
+            score of a sigmoid. Detached here.
         second: likewise.
 
     Returns:
@@ -250,7 +252,7 @@ def score_disagreement(first: Tensor, second: Tensor) -> Tensor:
         raise ShapeError(
             f'{owner}: `first` and `second` must share one shape, got {tuple(first.shape)} and {tuple(second.shape)}.'
         )
-    log_p, log_q = (log_of_classes(z.detach(), 1.0) for z in (first, second))
+    log_p, log_q = (log_of_classes(two_classes(z.detach()), 1.0) for z in (first, second))
     half = torch.full((), 0.5, dtype=log_p.dtype, device=log_p.device).log()
     middle = torch.logaddexp(log_p, log_q) + half
     return ((kl_along(middle, log_p, 1) + kl_along(middle, log_q, 1)) / 2).clamp(min=0)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mmstructkd.errors import ConfigError, ShapeError, check_finite_number, check_ndim, check_one_of, check_positive
+from mmstructkd.functional.cross_entropy import two_classes
 from mmstructkd.functional.precision import full_precision
 from mmstructkd.functional.softening import LOWEST, log_of_classes
 
@@ -32,8 +33,8 @@ def score_confidence(scores: Tensor, *, by: str = 'maximum', temperature: float 
     - ``'entropy'``: :math:`1 + \sum_c p_c \log p_c / \log C`, in [0, 1].
 
     Args:
-        scores: logits, shape (B, C, H, W) or (M, C), at least 2 classes, any float
-            dtype.
+        scores: logits, shape (B, C, H, W) or (M, C), any float dtype. One channel is
+            the score of a sigmoid.
         by: one of the three.
         temperature: T, above 0.
 
@@ -42,7 +43,7 @@ def score_confidence(scores: Tensor, *, by: str = 'maximum', temperature: float 
         and memory O(B C N).
 
     Raises:
-        ShapeError: ``scores`` is neither 4-D nor 2-D, or has one class.
+        ShapeError: ``scores`` is neither 4-D nor 2-D.
         ConfigError: ``by`` is none of them, or ``temperature`` not above 0.
 
     Example:
@@ -55,9 +56,8 @@ def score_confidence(scores: Tensor, *, by: str = 'maximum', temperature: float 
     check_one_of(owner, 'by', by, CONFIDENCES)
     check_positive(owner, 'temperature', temperature)
     check_ndim(owner, 'scores', scores, (2, 4), '(B, C, H, W) or (M, C)')
+    scores = two_classes(scores)
     classes = scores.shape[1]
-    if classes < 2:
-        raise ShapeError(f'{owner}: `scores` must have at least 2 classes, got {tuple(scores.shape)}.')
     log_p = log_of_classes(scores, temperature).clamp(min=LOWEST)
     if by == 'entropy':
         # Rounding may leave [0, 1] by the last digit.
@@ -97,14 +97,15 @@ def fuse_scores(
 
     Args:
         teachers: scores of each, at least one, shape (B, C, H, W) or (M, C), any
-            float dtype. Detached here.
+            float dtype. One channel is the score of a sigmoid. Detached here.
         weights: w, one a teacher, at least 0 and not all 0. ``None``: all alike.
         confidence: ``None``, ``'maximum'``, ``'margin'`` or ``'entropy'``.
         sharpness: s, at least 0.
         of: ``'scores'`` or ``'probabilities'``.
 
     Returns:
-        Scores, the shape of one teacher's, at least float32. Where no teacher with
+        Scores, the shape of one teacher's (two classes for one channel of which
+        probabilities are averaged), at least float32. Where no teacher with
         a weight is sure at all (all c are 0), the plain weighted mean. Time
         O(K B C N), memory for two such maps.
 
@@ -158,7 +159,8 @@ def fuse_scores(
             fused = fused + log.exp() * z
         return fused
     # One teacher after the other: the sum over all at once would need K maps.
-    mixture = part[0] + log_of_classes(voices[0][1], 1.0).clamp(min=LOWEST)
-    for log, (_, z) in zip(part[1:], voices[1:], strict=True):
-        mixture = torch.logaddexp(mixture, log + log_of_classes(z, 1.0).clamp(min=LOWEST))
+    logs_of = (log_of_classes(two_classes(z), 1.0).clamp(min=LOWEST) for _, z in voices)
+    mixture = part[0] + next(logs_of)
+    for log, log_p in zip(part[1:], logs_of, strict=True):
+        mixture = torch.logaddexp(mixture, log + log_p)
     return mixture

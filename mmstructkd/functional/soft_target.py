@@ -10,7 +10,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from mmstructkd.errors import ConfigError, check_finite_number, check_ndim, check_positive, check_same
-from mmstructkd.functional.cross_entropy import label_losses
+from mmstructkd.functional.cross_entropy import label_losses, two_classes
 from mmstructkd.functional.logits import _only
 from mmstructkd.functional.precision import full_precision
 from mmstructkd.functional.reduce import masked_mean
@@ -35,6 +35,7 @@ def _parts(
     check_temperature(owner, temperature)
     for name, logits in (('student', student), ('teacher', teacher)):
         check_ndim(owner, name, logits, (2, 4), '(B, C, H, W) or (M, C)')
+    student, teacher = two_classes(student), two_classes(teacher)
     axes, shared = (range(4), 'B, C, H and W') if student.dim() == 4 else (range(2), 'M and C')
     check_same(owner, student, teacher, axes, shared, _WAY_OUT)
     hard, counts = label_losses(student, labels, ignore_index=ignore_index, valid=valid, owner=owner)
@@ -79,8 +80,9 @@ def soft_target_loss(
 
     Args:
         student: logits of who learns, shape (B, C, H, W) or (M, C), any float
-            dtype.
-        teacher: logits of the other, same shape. Detached here.
+            dtype. One channel is the score of a sigmoid.
+        teacher: logits of the other, same shape; one and two channels fit. Detached
+            here.
         labels: integer classes, shape (B, h, w), brought to H x W by nearest, or
             (M,).
         weight: w, in [0, 1].

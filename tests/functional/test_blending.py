@@ -149,3 +149,13 @@ def test_bad_arguments():
         blended_feature_loss(x, x[:, :2], index=index, share=0.5)
     with pytest.raises(ShapeError, match=r'blended_cross_entropy_loss: `student` must have shape'):
         blended_cross_entropy_loss(x[0], torch.zeros(2, 4, 5), index=index, share=0.5)
+
+
+def test_one_channel_is_a_sigmoid():
+    mixed, plain = torch.randn(3, 1, 2, 5), torch.randn(3, 1, 2, 5)
+    pairs = [torch.cat([torch.zeros_like(z), z], dim=1) for z in (mixed, plain)]
+    one, two = (torch.stack(blended_kl_losses(*z, index=INDEX, share=0.3)) for z in ((mixed, plain), pairs))
+    torch.testing.assert_close(one, two)
+    labels = LABELS % 2
+    one, two = (blended_cross_entropy_loss(z, labels, index=INDEX, share=0.3) for z in (mixed, pairs[0]))
+    torch.testing.assert_close(one, two)

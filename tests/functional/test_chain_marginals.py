@@ -175,3 +175,12 @@ def test_bad_arguments():
         chain_cross_entropy_loss(x, x, transitions=step, teacher_start=torch.zeros(3))
     with pytest.raises(ConfigError, match='`temperature` must be a finite number above 0'):
         chain_marginals(x, step, temperature=0)
+
+
+def test_what_is_not_a_number_shows():
+    for place in ('student', 'teacher'):
+        parts = {'student': torch.zeros(2, 3, 4), 'teacher': torch.zeros(2, 3, 4)}
+        parts[place][1, 1, 2] = float('nan')
+        step = torch.zeros(4, 4)
+        assert chain_cross_entropy_loss(*parts.values(), transitions=step, teacher_transitions=step).isnan()
+        assert chain_cross_entropy_loss(*parts.values(), transitions=step).isnan()

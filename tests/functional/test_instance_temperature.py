@@ -71,6 +71,20 @@ def test_one_temperature_for_all_is_the_plain_divergence():
     torch.testing.assert_close(got, pixelwise_kl_loss(student, teacher, temperature=3.0))
 
 
+def test_one_channel_is_a_sigmoid_and_impossible_classes_are_no_nan():
+    z, other, temperature = torch.randn(4, 1), torch.randn(4, 1), warm('image').detach()[:1, :, 0, 0].expand(4, 1)
+    pairs = [torch.cat([torch.zeros_like(x), x], dim=1) for x in (z, other)]
+    got = instance_temperature_kl_loss(z, other, temperature=temperature)
+    torch.testing.assert_close(got, instance_temperature_kl_loss(*pairs, temperature=temperature))
+    student, teacher = checks.pair()
+    teacher[:, 0] = -torch.inf
+    temperature = warm('position')
+    got = instance_temperature_kl_loss(student, teacher, temperature=temperature)
+    assert got.isfinite()
+    for grad in torch.autograd.grad(got, [student, temperature]):
+        assert grad.isfinite().all()
+
+
 def test_bounds():
     got = bounded_temperature(torch.tensor([-1e4, 0.0, 1e4]).half(), lowest=2.0, span=6.0)
     assert got.tolist() == [2.0, 5.0, 8.0]

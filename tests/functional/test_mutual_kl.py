@@ -74,3 +74,12 @@ def test_bad_arguments():
         mutual_kl_losses([x, x[:1]])
     with pytest.raises(ConfigError, match="`towards` must be one of .* got 'median'"):
         mutual_kl_losses([x, x], towards='median')
+
+
+def test_one_channel_is_a_sigmoid():
+    peers = [torch.randn(2, 1, 3, 4) for _ in range(2)]
+    pairs = [torch.cat([torch.zeros_like(z), z], dim=1) for z in peers]
+    for towards in ('others', 'mean'):
+        one, two = (torch.stack(mutual_kl_losses(z, towards=towards)) for z in (peers, pairs))
+        torch.testing.assert_close(one, two)
+        assert one.all()

@@ -107,3 +107,10 @@ def test_bad_arguments():
         pool_probabilities(masks, (4, 3))
     with pytest.raises(ConfigError, match='`size` must be two integers'):
         pool_probabilities(masks, 2)
+
+
+def test_pooling_the_one_channel_of_a_sigmoid():
+    z = torch.randn(1, 1, 2, 2)
+    got = pool_probabilities(z, (1, 1)).exp().flatten()
+    torch.testing.assert_close(got[1], z.sigmoid().mean())
+    torch.testing.assert_close(got.sum(), torch.ones(()))

@@ -42,3 +42,9 @@ def test_edges():
     assert regularization_share(teacher, teacher, labels=labels) == 0
     with pytest.raises(ShapeError, match='regularization_share: .* must share B, C, H and W'):
         regularization_share(student, teacher[:1], labels=labels)
+
+
+def test_one_channel_is_a_sigmoid():
+    student, teacher = torch.tensor([[1.0], [2.0], [-1.0]]), torch.tensor([[2.0], [1.0], [-2.0]])
+    labels = torch.tensor([1, 1, 0])
+    torch.testing.assert_close(regularization_share(student, teacher, labels=labels).item(), 1 / 3)

@@ -141,3 +141,10 @@ def test_bad_arguments():
         value_disagreement(z, z[:1])
     with pytest.raises(ShapeError, match=r'image_mean: `values` must have shape \(B, H, W\)'):
         image_mean(x)
+
+
+def test_one_channel_is_a_sigmoid():
+    first, second = torch.randn(2, 1, 3, 4), torch.randn(2, 1, 3, 4)
+    pairs = [torch.cat([torch.zeros_like(z), z], dim=1) for z in (first, second)]
+    torch.testing.assert_close(score_disagreement(first, second), score_disagreement(*pairs))
+    torch.testing.assert_close(joint_confidence(first, second), joint_confidence(*pairs))

@@ -102,5 +102,17 @@ def test_bad_arguments():
         fuse_scores([x, x], of='logits')
     with pytest.raises(ConfigError, match='`sharpness` must be a finite number of at least 0'):
         fuse_scores([x, x], sharpness=-1)
-    with pytest.raises(ShapeError, match='`scores` must have at least 2 classes'):
-        score_confidence(x[:, :1])
+
+
+@pytest.mark.parametrize('by', CONFIDENCES)
+def test_one_channel_is_a_sigmoid(by):
+    z = torch.randn(2, 1, 3, 4)
+    both = torch.cat([torch.zeros_like(z), z], dim=1)
+    torch.testing.assert_close(score_confidence(z, by=by), score_confidence(both, by=by))
+    other = torch.randn(2, 1, 3, 4)
+    got = fuse_scores([z, other], confidence=by)
+    assert got.shape == z.shape
+    pairs = [both, torch.cat([torch.zeros_like(other), other], dim=1)]
+    torch.testing.assert_close(got, fuse_scores(pairs, confidence=by)[:, 1:])
+    got = fuse_scores([z, other], of='probabilities')
+    torch.testing.assert_close(got.exp()[:, 1:], (z.sigmoid() + other.sigmoid()) / 2)

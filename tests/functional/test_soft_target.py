@@ -159,6 +159,18 @@ def test_a_held_learner_ends_at_its_bound():
     assert multiplier > 0.1
 
 
+@pytest.mark.parametrize('widths', [(1, 1), (1, 2), (2, 1)])
+def test_one_channel_is_a_sigmoid(widths):
+    student, teacher = checks.pair(shape=(3, widths[0], 2, 5), other=(3, widths[1], 2, 5))
+    pairs = [z if z.shape[1] == 2 else torch.cat([torch.zeros_like(z), z], dim=1) for z in (student, teacher)]
+    labels = LABELS % 2
+    settings = dict(labels=labels, weight=0.4, temperature=2.0)
+    checks.same(soft_target_loss(student, teacher, **settings), soft_target_loss(*pairs, **settings), student)
+    score = pairs[0][:, 1] - pairs[0][:, 0]
+    want = torch.nn.functional.binary_cross_entropy_with_logits(score, labels.double())
+    checks.same(cross_entropy_loss(student, labels), want, student)
+
+
 def test_bad_arguments():
     x, labels = torch.zeros(2, 3, 4, 5), torch.zeros(2, 4, 5, dtype=torch.int64)
     with pytest.raises(ConfigError, match=r'soft_target_loss: `weight` must lie in \[0, 1\], got 1.5'):

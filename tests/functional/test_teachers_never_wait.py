@@ -116,7 +116,7 @@ def test_no_function_is_left_out() -> None:
         'next_stop',
         'route_stage',
     }
-    files = [
+    files = {
         'averaging',
         'blending',
         'chain_marginals',
@@ -141,7 +141,7 @@ def test_no_function_is_left_out() -> None:
         'soft_target',
         'spatial_mean',
         'turning',
-    ]
+    }
     here = {f'mmstructkd.functional.{name}' for name in files}
     public = {name for name in F.__all__ if getattr(F, name).__module__ in here}
     functions = {name for name in public if not isinstance(getattr(F, name), type)}
