@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import reprlib
 from collections.abc import Collection, Sequence
 from numbers import Real
 from typing import TYPE_CHECKING, Any
@@ -15,21 +16,31 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
+    'ArgumentError',
     'CheckpointError',
     'ConfigError',
     'ShapeError',
     'TapError',
+    'check_count',
     'check_finite_number',
+    'check_flag',
     'check_ndim',
     'check_one_of',
     'check_positive',
     'check_same',
+    'is_count',
+    'is_finite_number',
+    'shown',
     'suggest',
 ]
 
 
 class ConfigError(ValueError):
     """A config value that cannot be used."""
+
+
+class ArgumentError(ConfigError, TypeError):
+    """An argument that is unknown, missing, or given twice: for Python a ``TypeError``."""
 
 
 class ShapeError(ValueError):
@@ -42,6 +53,21 @@ class TapError(ConfigError):
 
 class CheckpointError(RuntimeError):
     """A checkpoint that cannot be read, is not trusted, or does not fit."""
+
+
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = 120
+_short.maxdict = _short.maxlist = _short.maxtuple = 8
+
+
+def shown(value: object) -> str:
+    """Write a value for a message; a long one is abbreviated.
+
+    Example:
+        >>> shown([1, '2']), len(shown('x' * 1000)) < 130
+        ("[1, '2']", True)
+    """
+    return _short.repr(value)
 
 
 def suggest(name: str, known: Collection[str]) -> str:
@@ -70,23 +96,71 @@ def check_one_of(owner: str, argument: str, value: Any, allowed: Collection[Any]
     if value not in allowed:
         names = [str(a) for a in allowed]
         raise ConfigError(
-            f'{owner}: `{argument}` must be one of {list(allowed)!r}, got {value!r}. {suggest(str(value), names)}'
+            f'{owner}: `{argument}` must be one of {list(allowed)!r}, got {shown(value)}. {suggest(str(value), names)}'
         )
 
 
-def check_finite_number(owner: str, argument: str, value: Any, *, minimum: float | None = None) -> None:
-    """Raise :class:`ConfigError` unless ``value`` is a finite number, at least ``minimum``."""
-    rule = 'be a finite number' + ('' if minimum is None else f' of at least {minimum:g}')
-    number = isinstance(value, Real) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or (minimum is not None and value < minimum):
-        raise ConfigError(f'{owner}: `{argument}` must {rule}, got {value!r}.')
+def is_count(value: Any) -> bool:
+    """Whether ``value`` is a whole number: an ``int``, and no ``bool``."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_finite_number(value: Any) -> bool:
+    """Whether ``value`` is a real number that a float can hold, and no ``bool``."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond the floats
+        return False
+
+
+def check_flag(owner: str, argument: str, value: Any) -> None:
+    """Raise :class:`ConfigError` unless ``value`` is ``True`` or ``False`` itself.
+
+    What is merely true or false is refused: ``'no'`` is true.
+    """
+    if not isinstance(value, bool):
+        raise ConfigError(f'{owner}: `{argument}` must be True or False, got {shown(value)}.')
+
+
+def check_count(owner: str, argument: str, value: Any, minimum: int = 1, maximum: int | None = None) -> None:
+    """Raise :class:`ConfigError` unless ``value`` is a whole number from ``minimum`` to ``maximum``.
+
+    Args:
+        owner: who asks, for the message.
+        argument: name of the argument.
+        value: the value.
+        minimum: the least that is allowed.
+        maximum: the most; ``None``: no limit.
+    """
+    if not is_count(value) or value < minimum or (maximum is not None and value > maximum):
+        rule = f'of at least {minimum}' if maximum is None else f'from {minimum} to {maximum}'
+        raise ConfigError(f'{owner}: `{argument}` must be an integer {rule}, got {shown(value)}.')
+
+
+def check_finite_number(
+    owner: str, argument: str, value: Any, *, minimum: float | None = None, maximum: float | None = None
+) -> None:
+    """Raise :class:`ConfigError` unless ``value`` is a finite number from ``minimum`` to ``maximum``."""
+    low, high = minimum is not None, maximum is not None
+    if (
+        not is_finite_number(value)
+        or (minimum is not None and value < minimum)
+        or (maximum is not None and value > maximum)
+    ):
+        rule = 'be a finite number'
+        if low and high:
+            rule += f' from {minimum:g} to {maximum:g}'
+        elif low or high:
+            rule += f' of at least {minimum:g}' if low else f' of at most {maximum:g}'
+        raise ConfigError(f'{owner}: `{argument}` must {rule}, got {shown(value)}.')
 
 
 def check_positive(owner: str, argument: str, value: Any) -> None:
     """Raise :class:`ConfigError` unless ``value`` is a finite number above zero."""
-    number = isinstance(value, Real) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or value <= 0:
-        raise ConfigError(f'{owner}: `{argument}` must be a finite number above 0, got {value!r}.')
+    if not is_finite_number(value) or value <= 0:
+        raise ConfigError(f'{owner}: `{argument}` must be a finite number above 0, got {shown(value)}.')
 
 
 def check_ndim(owner: str, argument: str, tensor: Tensor, ndim: int | Sequence[int], layout: str) -> None:

@@ -45,7 +45,7 @@ class SequentialConnector(Connector):
     joint = True
 
     def __init__(
-        self, in_channels: Sequence[int], out_channels: Sequence[int], connectors: Sequence[Mapping[str, Any]]
+        self, in_channels: Sequence[int], out_channels: Sequence[int], connectors: Sequence[Any]
     ) -> None:
         super().__init__()
         owner = type(self).__name__
