@@ -15,7 +15,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
+#: More classes than any label map has; a number above is a slip that would fill the memory.
+MAX_CLASSES = 2**16
+
 __all__ = [
+    'MAX_CLASSES',
     'ArgumentError',
     'CheckpointError',
     'ConfigError',
@@ -28,6 +32,7 @@ __all__ = [
     'check_one_of',
     'check_positive',
     'check_same',
+    'check_seed',
     'is_count',
     'is_finite_number',
     'shown',
@@ -132,10 +137,12 @@ def check_count(owner: str, argument: str, value: Any, minimum: int = 1, maximum
         argument: name of the argument.
         value: the value.
         minimum: the least that is allowed.
-        maximum: the most; ``None``: no limit.
+        maximum: the most; ``None``: no limit. It need not be a limit of sense: what would fill the memory
+            is a slip, and is better refused by name.
     """
     if not is_count(value) or value < minimum or (maximum is not None and value > maximum):
-        rule = f'of at least {minimum}' if maximum is None else f'from {minimum} to {maximum}'
+        above = is_count(value) and value >= minimum
+        rule = f'of at most {maximum}' if above else f'of at least {minimum}'
         raise ConfigError(f'{owner}: `{argument}` must be an integer {rule}, got {shown(value)}.')
 
 
@@ -155,6 +162,12 @@ def check_finite_number(
         elif low or high:
             rule += f' of at least {minimum:g}' if low else f' of at most {maximum:g}'
         raise ConfigError(f'{owner}: `{argument}` must {rule}, got {shown(value)}.')
+
+
+def check_seed(owner: str, seed: Any) -> None:
+    """Raise :class:`ConfigError` unless ``seed`` is ``None`` or an integer that torch's generators take."""
+    if seed is not None and (not is_count(seed) or not 0 <= seed < 2**63):
+        raise ConfigError(f'{owner}: `seed` must be an integer of at least 0 or None, got {shown(seed)}.')
 
 
 def check_positive(owner: str, argument: str, value: Any) -> None:

@@ -6,7 +6,7 @@ the locations below; ``custom_imports`` is documentation.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from mmengine.registry import DATASETS as MMENGINE_DATASETS
@@ -19,6 +19,7 @@ from mmengine.registry import TRANSFORMS as MMENGINE_TRANSFORMS
 from mmengine.registry import Registry
 
 from mmstructkd.arguments import checked
+from mmstructkd.errors import ConfigError, shown, suggest
 
 __all__ = [
     'DATASETS',
@@ -28,6 +29,7 @@ __all__ = [
     'OPTIM_WRAPPERS',
     'OPTIM_WRAPPER_CONSTRUCTORS',
     'TRANSFORMS',
+    'build_part',
 ]
 
 SCOPE = 'mmstructkd'
@@ -85,3 +87,58 @@ OPTIM_WRAPPER_CONSTRUCTORS = CheckedRegistry(
     scope=SCOPE,
     locations=['mmstructkd.optim'],
 )
+
+
+def build_part(
+    owner: str,
+    argument: str,
+    config: Any,
+    *,
+    example: str,
+    known: type = object,
+    filled: Mapping[str, Any] | None = None,
+    registry: Registry = MODELS,
+) -> Any:
+    """Build what an argument describes by a config; whatever goes wrong is told with owner and argument.
+
+    Args:
+        owner: who takes the argument, for messages.
+        argument: its name.
+        config: what was given for it.
+        example: a config that would do, as one writes it.
+        known: the class whose registered subclasses are suggested for an unknown ``type``.
+        filled: arguments that the owner fills in; the config's own come first.
+        registry: where the type is looked up.
+
+    Returns:
+        What was built.
+
+    Raises:
+        ConfigError: not a dict with a ``type``, an unknown type, or arguments
+            that it does not take.
+    """
+    if not isinstance(config, Mapping) or 'type' not in config:
+        raise ConfigError(
+            f'{owner}: `{argument}` must be a dict with a `type`, got {shown(config)}. Example: {example}.'
+        )
+    kind = config['type']
+    found = _look_up(registry, kind) if isinstance(kind, str) else kind
+    if not callable(found):
+        names = [name for name, cls in registry.module_dict.items() if isinstance(cls, type) and issubclass(cls, known)]
+        raise ConfigError(
+            f'{owner}: `{argument}` must name a registered {argument}, got {kind!r}. '
+            f'{suggest(str(kind).split(".")[-1], names)}'
+        )
+    try:
+        return registry.build({**(filled or {}), **config})
+    except Exception as err:  # mm packages and torch raise whatever they trip over
+        told = str(err) if isinstance(err, ValueError) else f'{type(err).__name__}: {err}'
+        raise ConfigError(f'{owner}: `{argument}` cannot be built. {told}') from err
+
+
+def _look_up(registry: Registry, name: str) -> Any:
+    """Find a class by its name; ``None`` where there is none, or no scope of that name."""
+    try:
+        return registry.get(name)
+    except (AssertionError, ImportError, KeyError, ValueError):
+        return None

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.parametrizations import spectral_norm
 
-from mmstructkd.errors import ConfigError, ShapeError, check_ndim
+from mmstructkd.errors import ConfigError, ShapeError, check_count, check_ndim, is_count
 from mmstructkd.registry import MODELS
 
 __all__ = ['SAGANCritic', 'SpatialSelfAttention']
@@ -159,10 +159,10 @@ class SAGANCritic(nn.Module):
             size=size,
             max_side=max_side,
         )
-        _check_count(owner, 'in_channels', in_channels, 1)
-        _check_count(owner, 'image_channels', image_channels, 0)
-        _check_count(owner, 'base_channels', base_channels, 1)
-        _check_count(owner, 'max_side', max_side, _PUBLISHED_SIDE)
+        check_count(owner, 'in_channels', in_channels, 1)
+        check_count(owner, 'image_channels', image_channels, 0)
+        check_count(owner, 'base_channels', base_channels, 1)
+        check_count(owner, 'max_side', max_side, _PUBLISHED_SIDE)
         self.in_channels = in_channels
         self.image_channels = image_channels
         self.max_side = max_side
@@ -245,16 +245,11 @@ def _resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
     return functional.interpolate(maps, size=size, mode='bilinear', align_corners=False, antialias=shrinks)
 
 
-def _check_count(owner: str, argument: str, value: int, minimum: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise ConfigError(f'{owner}: `{argument}` must be an integer of at least {minimum}, got {value!r}.')
-
-
 def _as_size(owner: str, size: int | Sequence[int] | None) -> tuple[int, int] | None:
     if size is None:
         return None
     sides = tuple(size) if isinstance(size, Sequence) else (size, size)
-    whole = all(isinstance(side, int) and not isinstance(side, bool) for side in sides)
+    whole = all(map(is_count, sides))
     if len(sides) != 2 or not whole or min(sides) < _SMALLEST_SIDE:
         raise ConfigError(
             f'{owner}: `size` must be a side or (h, w) of at least {_SMALLEST_SIDE} each, got {size!r}. '

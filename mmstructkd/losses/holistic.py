@@ -17,6 +17,7 @@ from mmstructkd.errors import (
     check_ndim,
     check_one_of,
     check_same,
+    check_seed,
 )
 from mmstructkd.functional.adversarial import (
     ADVERSARIAL_MODES,
@@ -215,8 +216,8 @@ class HolisticLoss(DistillLoss):
         self.mode = settings['mode']
         self.critic_weight = float(settings['critic_weight'])
         self.gradient_penalty_weight = float(settings['gradient_penalty_weight'])
-        self.softmax = bool(settings['softmax'])
-        self.conditional = bool(settings['conditional'])
+        self.softmax: bool = settings['softmax']
+        self.conditional: bool = settings['conditional']
         self.needs_images = self.conditional
         if normalize is not None:
             check_one_of(owner, 'normalize', normalize, NORMALIZATIONS)
@@ -227,8 +228,7 @@ class HolisticLoss(DistillLoss):
                 )
         self.normalize = normalize
         self.own_optimizer = dict(settings['optimizer'])
-        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or seed < 0):
-            raise ConfigError(f'{owner}: `seed` must be an integer of at least 0 or None, got {seed!r}.')
+        check_seed(owner, seed)
         self.seed = seed
         self.channels: int | None = None
         self.critic: nn.Module | None = None

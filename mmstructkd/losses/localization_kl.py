@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mmstructkd.errors import ConfigError, check_finite_number, check_one_of
+from mmstructkd.errors import ConfigError, check_count, check_finite_number, check_one_of
 from mmstructkd.functional.detection import edge_confidence, inside_boxes, localization_kl_loss
 from mmstructkd.losses.class_targets import counting
 from mmstructkd.losses.presets import settle
@@ -124,8 +124,7 @@ class LocalizationKLLoss(SoftenedLoss):
         check_finite_number(owner, 'threshold', threshold, minimum=0)
         check_one_of(owner, 'bin_reduction', settings['bin_reduction'], ('sum', 'mean'))
         check_one_of(owner, 'reduction', settings['reduction'], ('mean', 'sum'))
-        if isinstance(edges, bool) or not isinstance(edges, int) or edges < 1:
-            raise ConfigError(f'{owner}: `edges` must be an integer above 0, got {edges!r}.')
+        check_count(owner, 'edges', edges)
         self.preset = preset
         self.region = region
         self.threshold = float(threshold)

@@ -9,8 +9,10 @@ from mmcv.cnn import ConvModule
 from torch import Tensor, nn
 
 from mmstructkd.errors import (
+    MAX_CLASSES,
     ConfigError,
     ShapeError,
+    check_count,
     check_finite_number,
     check_ndim,
     check_positive,
@@ -29,6 +31,9 @@ from mmstructkd.registry import MODELS
 from mmstructkd.structures import Targets
 
 __all__ = ['MemoryContrastLoss']
+
+#: Keys that are kept or drawn; more would fill the memory.
+MAX_KEYS = 10**7
 
 _DEFAULTS: dict[str, Any] = {
     'loss_weight': 0.1,
@@ -170,13 +175,10 @@ class MemoryContrastLoss(SoftenedLoss):
             'pixels_per_image': pixels_per_image,
             'pixel_keys': pixel_keys,
             'region_keys': region_keys,
-            'max_anchors': settings['max_anchors'] + 1 if isinstance(settings['max_anchors'], int) else -1,
         }
         for name, value in counts.items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                least = 0 if name == 'max_anchors' else 1
-                shown = settings.get(name, value)
-                raise ConfigError(f'{owner}: `{name}` must be an integer of at least {least}, got {shown!r}.')
+            check_count(owner, name, value, maximum=MAX_CLASSES if name == 'num_classes' else MAX_KEYS)
+        check_count(owner, 'max_anchors', settings['max_anchors'], 0)
         check_seed(owner, seed)
         self.preset = preset
         self.num_classes = num_classes

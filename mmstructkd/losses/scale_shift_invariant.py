@@ -66,7 +66,7 @@ class ScaleShiftInvariantLoss(DepthLoss):
     ) -> None:
         super().__init__(loss_weight, min_depth=min_depth, max_depth=max_depth, where=where)
         check_positive(type(self).__name__, 'eps', eps)
-        self.robust = bool(robust)
+        self.robust = robust
         self.eps = float(eps)
 
     def compute(self, student: Tensor, teacher: Tensor, targets: Targets) -> Tensor:

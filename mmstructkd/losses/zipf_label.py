@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from mmstructkd.errors import ConfigError, check_one_of
+from mmstructkd.errors import ConfigError, check_one_of, is_count
 from mmstructkd.functional.logits import zipf_label_loss
 from mmstructkd.losses.base import DistillLoss
 from mmstructkd.losses.class_targets import TARGETS, class_targets
@@ -58,7 +58,7 @@ class ZipfLabelLoss(DistillLoss):
     ) -> None:
         super().__init__(loss_weight=loss_weight)
         owner = type(self).__name__
-        if isinstance(kernel_size, bool) or not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 == 0:
+        if not is_count(kernel_size) or kernel_size < 1 or kernel_size % 2 == 0:
             raise ConfigError(f'{owner}: `kernel_size` must be an odd integer above 0, got {kernel_size!r}.')
         check_one_of(owner, 'voter', voter, ('student', 'teacher'))
         check_one_of(owner, 'target', target, TARGETS)
