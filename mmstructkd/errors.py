@@ -17,9 +17,12 @@ if TYPE_CHECKING:
 
 #: More classes than any label map has; a number above is a slip that would fill the memory.
 MAX_CLASSES = 2**16
+#: Likewise the side of a map, a kernel or a grid.
+MAX_SIDE = 2**16
 
 __all__ = [
     'MAX_CLASSES',
+    'MAX_SIDE',
     'ArgumentError',
     'CheckpointError',
     'ConfigError',
@@ -86,7 +89,7 @@ def suggest(name: str, known: Collection[str]) -> str:
         ``"Did you mean 'a' or 'b'?"``, or a list of what is known where
         nothing is near. Empty if nothing is known.
     """
-    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.6)
+    near = difflib.get_close_matches(str(name), list(known), n=3, cutoff=0.6)
     if near:
         return 'Did you mean ' + ' or '.join(repr(n) for n in near) + '?'
     if not known:
@@ -98,7 +101,8 @@ def suggest(name: str, known: Collection[str]) -> str:
 
 def check_one_of(owner: str, argument: str, value: Any, allowed: Collection[Any]) -> None:
     """Raise :class:`ConfigError` unless ``value`` is one of ``allowed``."""
-    if value not in allowed:
+    # Not `in`: 1 equals True, and an array is not simply equal to anything.
+    if not any(type(value) is type(a) and value == a for a in allowed):
         names = [str(a) for a in allowed]
         raise ConfigError(
             f'{owner}: `{argument}` must be one of {list(allowed)!r}, got {shown(value)}. {suggest(str(value), names)}'

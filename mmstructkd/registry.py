@@ -19,7 +19,7 @@ from mmengine.registry import TRANSFORMS as MMENGINE_TRANSFORMS
 from mmengine.registry import Registry
 
 from mmstructkd.arguments import checked
-from mmstructkd.errors import ConfigError, shown, suggest
+from mmstructkd.errors import CheckpointError, ConfigError, shown, suggest
 
 __all__ = [
     'DATASETS',
@@ -30,6 +30,7 @@ __all__ = [
     'OPTIM_WRAPPER_CONSTRUCTORS',
     'TRANSFORMS',
     'build_part',
+    'look_up',
 ]
 
 SCOPE = 'mmstructkd'
@@ -116,28 +117,41 @@ def build_part(
     Raises:
         ConfigError: not a dict with a ``type``, an unknown type, or arguments
             that it does not take.
+        CheckpointError: a file that it reads is at fault.
     """
     if not isinstance(config, Mapping) or 'type' not in config:
         raise ConfigError(
             f'{owner}: `{argument}` must be a dict with a `type`, got {shown(config)}. Example: {example}.'
         )
     kind = config['type']
-    found = _look_up(registry, kind) if isinstance(kind, str) else kind
+    with registry.switch_scope_and_registry(config.get('_scope_')) as scoped:
+        found = look_up(scoped, kind) if isinstance(kind, str) else kind
+        classes = {**registry.module_dict, **scoped.module_dict}
     if not callable(found):
-        names = [name for name, cls in registry.module_dict.items() if isinstance(cls, type) and issubclass(cls, known)]
+        names = [name for name, cls in classes.items() if isinstance(cls, type) and issubclass(cls, known)]
         raise ConfigError(
             f'{owner}: `{argument}` must name a registered {argument}, got {kind!r}. '
             f'{suggest(str(kind).split(".")[-1], names)}'
         )
     try:
-        return registry.build({**(filled or {}), **config})
+        return registry.build({**filled, **config} if filled else config)
+    except (CheckpointError, OSError):
+        raise  # a file is at fault, not the config, and its message says which
     except Exception as err:  # mm packages and torch raise whatever they trip over
         told = str(err) if isinstance(err, ValueError) else f'{type(err).__name__}: {err}'
         raise ConfigError(f'{owner}: `{argument}` cannot be built. {told}') from err
 
 
-def _look_up(registry: Registry, name: str) -> Any:
-    """Find a class by its name; ``None`` where there is none, or no scope of that name."""
+def look_up(registry: Registry, name: str) -> Any:
+    """Find what is registered under a name.
+
+    Args:
+        registry: where to look, its parents and children included.
+        name: with or without a scope.
+
+    Returns:
+        The class or function; ``None`` where there is none, or no scope of that name.
+    """
     try:
         return registry.get(name)
     except (AssertionError, ImportError, KeyError, ValueError):

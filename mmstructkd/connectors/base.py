@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mmstructkd.errors import ConfigError, ShapeError, check_count, check_ndim, shown
-from mmstructkd.registry import MODELS, build_part
+from mmstructkd.registry import MODELS, build_part, look_up
 
 #: More than any layer has; a number above is a slip that would fill the memory.
 MAX_WIDTH = 2**18
@@ -106,7 +106,7 @@ def build_connector(owner: str, config: Any, in_channels: Sequence[int], out_cha
             arguments that it does not take.
     """
     kind = config.get('type') if isinstance(config, Mapping) else None
-    joint = getattr(MODELS.get(kind) if isinstance(kind, str) and kind else kind, 'joint', False)
+    joint = getattr(look_up(MODELS, kind) if isinstance(kind, str) else kind, 'joint', False)
     widths = {
         'in_channels': list(in_channels) if joint else in_channels[0],
         'out_channels': list(out_channels) if joint else out_channels[0],

@@ -115,7 +115,8 @@ class SequentialConnector(Connector):
         if (len(students), len(teachers)) != self.levels:
             raise ShapeError(
                 f'{type(self).__name__}: there must be {self.levels[0]} tensors of the student and {self.levels[1]} '
-                f'of the teacher, as `in_channels` and `out_channels` have widths, got {len(students)} and {len(teachers)}.'
+                'of the teacher, as `in_channels` and `out_channels` have widths, '
+                f'got {len(students)} and {len(teachers)}.'
             )
         for step in self.steps:
             if isinstance(step, nn.ModuleList):

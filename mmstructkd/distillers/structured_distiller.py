@@ -21,7 +21,7 @@ from mmstructkd.distillers.teacher import TeacherSource
 from mmstructkd.distillers.term import Term, parse_terms
 from mmstructkd.errors import CheckpointError, ConfigError
 from mmstructkd.functional.sharing import sharing
-from mmstructkd.registry import HOOKS, MODELS
+from mmstructkd.registry import HOOKS, MODELS, build_part
 from mmstructkd.structures import Targets
 from mmstructkd.taps import Capture, RegionRecorder, Regions, Tap, probe_regions, tapped_forward
 
@@ -118,8 +118,8 @@ class StructuredDistiller(BaseModel):
             student = ConfigDict(student) if not isinstance(student, ConfigDict) else student.copy()
             if data_preprocessor is not None:
                 student.setdefault('data_preprocessor', data_preprocessor)
-            student = MODELS.build(student)
-        elif not isinstance(student, BaseModel):
+            student = build_part('StructuredDistiller', 'student', student, example='_base_.model', known=BaseModel)
+        if not isinstance(student, BaseModel):
             raise ConfigError(
                 f'StructuredDistiller: `student` must be a config or an mmengine model, got {type(student).__name__}. '
                 'Write student=_base_.model.'
@@ -144,10 +144,13 @@ class StructuredDistiller(BaseModel):
                 f'StructuredDistiller: `teacher` must be a dict, got {teacher!r}. '
                 "Write teacher=dict(config='mmseg::...', checkpoint='...')."
             )
-        try:
-            return MODELS.build({'type': 'mmstructkd.FrozenTeacher', **teacher})
-        except TypeError as err:
-            raise ConfigError(f'StructuredDistiller: `teacher` cannot be built. {err}') from err
+        return build_part(
+            'StructuredDistiller',
+            'teacher',
+            {'type': 'mmstructkd.FrozenTeacher', **teacher},
+            example="dict(config='mmseg::...', checkpoint='...')",
+            known=TeacherSource,
+        )
 
     def _check_student_taps(self) -> None:
         """Resolve the student's taps before anything expensive is done."""

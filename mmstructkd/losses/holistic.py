@@ -14,6 +14,7 @@ from mmstructkd.errors import (
     ConfigError,
     ShapeError,
     check_finite_number,
+    check_flag,
     check_ndim,
     check_one_of,
     check_same,
@@ -28,7 +29,8 @@ from mmstructkd.functional.adversarial import (
 from mmstructkd.functional.depth import depth_readings, normalize_depth
 from mmstructkd.functional.precision import full_precision
 from mmstructkd.losses.base import DistillLoss
-from mmstructkd.registry import MODELS
+from mmstructkd.losses.own_optimizer import check_optimizer
+from mmstructkd.registry import MODELS, build_part
 from mmstructkd.structures import Targets
 
 __all__ = ['HolisticLoss']
@@ -273,7 +275,9 @@ class HolisticLoss(DistillLoss):
         with torch.random.fork_rng(devices=[]):
             # The CPU's generator alone: `torch.manual_seed` would reseed the accelerators too.
             torch.default_generator.manual_seed(seed)
-            critic = MODELS.build(config)
+            critic = build_part(owner, 'critic', config, example="dict(type='mmstructkd.SAGANCritic')", known=nn.Module)
+        if not isinstance(critic, nn.Module):
+            raise ConfigError(f'{owner}: `critic` must be a module, got {type(critic).__name__}.')
         self.critic = critic.to(self.stream.device).train(self.training)
         self.channels = channels
         self.stream.copy_(torch.tensor([seed, 0]))
@@ -441,6 +445,8 @@ def _settle(owner: str, preset: str | None, given: Mapping[str, Any], critic: di
     check_one_of(owner, 'mode', settings['mode'], ADVERSARIAL_MODES)
     # Hinge in published use has no penalty; the spectral norm alone bounds the slope.
     settings.setdefault('gradient_penalty_weight', 10.0 if settings['mode'] == 'wgan' else 0.0)
+    for name in ('softmax', 'conditional'):
+        check_flag(owner, name, settings[name])
     check_finite_number(owner, 'critic_weight', settings['critic_weight'], minimum=0)
     check_finite_number(owner, 'gradient_penalty_weight', settings['gradient_penalty_weight'], minimum=0)
     if 'type' not in settings['optimizer']:
@@ -448,6 +454,7 @@ def _settle(owner: str, preset: str | None, given: Mapping[str, Any], critic: di
             f'{owner}: `optimizer` must name its type, got {settings["optimizer"]!r}. '
             "Write e.g. optimizer=dict(type='Adam', lr=4e-4, betas=(0.9, 0.99))."
         )
+    check_optimizer(owner, 'optimizer', settings['optimizer'])
     if 'in_channels' in critic:
         raise ConfigError(
             f"{owner}: `critic['in_channels']` must be left out, got {critic['in_channels']!r}. The probe fills it in."

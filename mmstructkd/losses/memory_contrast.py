@@ -15,7 +15,6 @@ from mmstructkd.errors import (
     check_count,
     check_finite_number,
     check_ndim,
-    check_positive,
     check_same,
 )
 from mmstructkd.functional.contrast import draw, memory_kl_loss
@@ -23,12 +22,14 @@ from mmstructkd.functional.nodes import unit_vectors
 from mmstructkd.functional.precision import full_precision
 from mmstructkd.functional.reduce import valid_pixels
 from mmstructkd.functional.region import class_centers
+from mmstructkd.layers import check_layers
 from mmstructkd.losses.presets import settle
 from mmstructkd.losses.seeding import check_seed, seeded
 from mmstructkd.losses.softening import SoftenedLoss
 from mmstructkd.memories import ClassQueue
 from mmstructkd.registry import MODELS
 from mmstructkd.structures import Targets
+from mmstructkd.temperatures.base import check_temperature
 
 __all__ = ['MemoryContrastLoss']
 
@@ -165,7 +166,7 @@ class MemoryContrastLoss(SoftenedLoss):
         }
         settings = settle(owner, preset, given, defaults=_DEFAULTS, presets=_PRESETS)
         super().__init__(settings['loss_weight'], temperature)
-        check_positive(owner, 'kd_temperature', kd_temperature)
+        check_temperature(owner, 'kd_temperature', kd_temperature)
         check_finite_number(owner, 'pixel_weight', pixel_weight, minimum=0)
         check_finite_number(owner, 'region_weight', region_weight, minimum=0)
         counts = {
@@ -216,6 +217,7 @@ class MemoryContrastLoss(SoftenedLoss):
         if self.channels is not None:
             self._check_widths(widths)
             return
+        check_layers(type(self).__name__, widths[1], norm_cfg=self.norm_cfg)
         with seeded(self.seed):
             projection = nn.Sequential(
                 ConvModule(widths[0], widths[1], 1, bias=False, norm_cfg=self.norm_cfg),

@@ -8,10 +8,21 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from mmstructkd.errors import ConfigError, check_finite_number, check_one_of, check_positive, suggest
-from mmstructkd.registry import MODELS
+from mmstructkd.errors import (
+    ConfigError,
+    check_count,
+    check_one_of,
+    check_positive,
+    is_count,
+    shown,
+    suggest,
+)
+from mmstructkd.registry import MODELS, look_up
 
-__all__ = ['Progress', 'Softened', 'Temperature', 'build_temperature']
+#: What a temperature may be. Published ones lie between 0.01 and 100.
+LOWEST, HIGHEST = 1e-4, 1e4
+
+__all__ = ['Progress', 'Softened', 'Temperature', 'build_temperature', 'check_temperature']
 
 
 class Softened(NamedTuple):
@@ -79,9 +90,9 @@ class Progress:
     """
 
     def __init__(self, owner: str, begin: int, end: int | None, *, share: float = 1.0) -> None:
-        check_finite_number(owner, 'begin', begin, minimum=0)
+        check_count(owner, 'begin', begin, 0)
         if end is not None:
-            check_finite_number(owner, 'end', end)
+            check_count(owner, 'end', end, 0)
             if end <= begin:
                 raise ConfigError(f'{owner}: `end` must lie after `begin`={begin}, got {end}.')
         self.begin, self.end, self.share = begin, end, share
@@ -102,6 +113,20 @@ class Progress:
         return self.ratio
 
 
+def check_temperature(owner: str, argument: str, value: Any) -> None:
+    """Raise :class:`ConfigError` unless ``value`` is a temperature that float32 can bear.
+
+    A loss divides scores by it and multiplies by its square: far out of this
+    range the one or the other leaves no number.
+    """
+    check_positive(owner, argument, value)
+    if not LOWEST <= value <= HIGHEST:
+        raise ConfigError(
+            f'{owner}: `{argument}` must be a finite number above 0, from {LOWEST:g} to {HIGHEST:g}, '
+            f'got {shown(value)}.'
+        )
+
+
 def build_temperature(owner: str, value: Any) -> float | Temperature:
     """Read the ``temperature`` of a loss.
 
@@ -118,7 +143,7 @@ def build_temperature(owner: str, value: Any) -> float | Temperature:
     if isinstance(value, Temperature):
         return value
     if isinstance(value, Real) or not isinstance(value, (Mapping, nn.Module)):
-        check_positive(owner, 'temperature', value)
+        check_temperature(owner, 'temperature', value)
         return float(value)
     if isinstance(value, nn.Module) or 'type' not in value:
         shown = type(value).__name__ if isinstance(value, nn.Module) else repr(value)
@@ -127,14 +152,14 @@ def build_temperature(owner: str, value: Any) -> float | Temperature:
             "Write e.g. temperature=dict(type='mmstructkd.LearnableTemperature')."
         )
     kind = value['type']
-    if isinstance(kind, str) and MODELS.get(kind) is None:
+    if not callable(kind) and (not isinstance(kind, str) or look_up(MODELS, kind) is None):
         known = [
             name for name, cls in MODELS.module_dict.items() if isinstance(cls, type) and issubclass(cls, Temperature)
         ]
         check_one_of(owner, "temperature['type']", kind, [f'mmstructkd.{name}' for name in known])
     try:
         built = MODELS.build(dict(value))
-    except (TypeError, ValueError) as err:
+    except Exception as err:  # whatever a temperature of others trips over
         raise ConfigError(f'{owner}: `temperature` cannot be built. {err}') from err
     if not isinstance(built, Temperature):
         raise ConfigError(

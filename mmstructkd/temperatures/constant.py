@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from mmstructkd.errors import check_positive
 from mmstructkd.registry import MODELS
-from mmstructkd.temperatures.base import Softened, Temperature
+from mmstructkd.temperatures.base import Softened, Temperature, check_temperature
 
 __all__ = ['ConstantTemperature']
 
@@ -29,7 +28,7 @@ class ConstantTemperature(Temperature):
 
     def __init__(self, value: float = 1.0) -> None:
         super().__init__()
-        check_positive(type(self).__name__, 'value', value)
+        check_temperature(type(self).__name__, 'value', value)
         self.value = float(value)
 
     def forward(

@@ -7,10 +7,10 @@ import math
 import torch
 from torch import Tensor, nn
 
-from mmstructkd.errors import check_finite_number, check_positive
+from mmstructkd.errors import check_finite_number
 from mmstructkd.functional.softening import scale_gradient
 from mmstructkd.registry import MODELS
-from mmstructkd.temperatures.base import Progress, Softened, Temperature
+from mmstructkd.temperatures.base import Progress, Softened, Temperature, check_temperature
 
 __all__ = ['LearnableTemperature']
 
@@ -69,8 +69,8 @@ class LearnableTemperature(Temperature):
     ) -> None:
         super().__init__()
         owner = type(self).__name__
-        check_positive(owner, 'low', low)
-        check_positive(owner, 'span', span)
+        check_temperature(owner, 'low', low)
+        check_temperature(owner, 'span', span)
         check_finite_number(owner, 'init', init)
         self.low, self.span, self.by_epoch = float(low), float(span), by_epoch
         self.progress = Progress(owner, begin, end, share=PUBLISHED_SHARE)

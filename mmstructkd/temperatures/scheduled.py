@@ -6,9 +6,9 @@ import math
 
 from torch import Tensor
 
-from mmstructkd.errors import check_one_of, check_positive
+from mmstructkd.errors import check_one_of
 from mmstructkd.registry import MODELS
-from mmstructkd.temperatures.base import Progress, Softened, Temperature
+from mmstructkd.temperatures.base import Progress, Softened, Temperature, check_temperature
 
 __all__ = ['ScheduledTemperature']
 
@@ -55,8 +55,8 @@ class ScheduledTemperature(Temperature):
     ) -> None:
         super().__init__()
         owner = type(self).__name__
-        check_positive(owner, 'start', start)
-        check_positive(owner, 'final', final)
+        check_temperature(owner, 'start', start)
+        check_temperature(owner, 'final', final)
         check_one_of(owner, 'shape', shape, SHAPES)
         self.start, self.final, self.shape, self.by_epoch = float(start), float(final), shape, by_epoch
         self.progress = Progress(owner, begin, end)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from mmstructkd.errors import check_positive
 from mmstructkd.functional.softening import standardize_logits
 from mmstructkd.registry import MODELS
-from mmstructkd.temperatures.base import Softened, Temperature
+from mmstructkd.temperatures.base import Softened, Temperature, check_temperature
 
 __all__ = ['StandardizedTemperature']
 
@@ -41,7 +40,7 @@ class StandardizedTemperature(Temperature):
 
     def __init__(self, value: float = 2.0) -> None:
         super().__init__()
-        check_positive(type(self).__name__, 'value', value)
+        check_temperature(type(self).__name__, 'value', value)
         self.value = float(value)
 
     def forward(
