@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from mmstructkd.connectors.base import Connector, build_connector
+from mmstructkd.connectors.base import Connector, build_connector, check_widths
 from mmstructkd.errors import ConfigError, ShapeError
 from mmstructkd.registry import MODELS
 
@@ -44,9 +44,7 @@ class SequentialConnector(Connector):
 
     joint = True
 
-    def __init__(
-        self, in_channels: Sequence[int], out_channels: Sequence[int], connectors: Sequence[Mapping[str, Any]]
-    ) -> None:
+    def __init__(self, in_channels: Sequence[int], out_channels: Sequence[int], connectors: Sequence[Any]) -> None:
         super().__init__()
         owner = type(self).__name__
         if not isinstance(connectors, (list, tuple)) or not connectors:
@@ -54,6 +52,8 @@ class SequentialConnector(Connector):
                 f'{owner}: `connectors` must be a list of at least one config, got {connectors!r}. '
                 "Example: [dict(type='mmstructkd.ConvConnector')]."
             )
+        check_widths(owner, 'in_channels', in_channels)
+        check_widths(owner, 'out_channels', out_channels)
         self.levels = (len(in_channels), len(out_channels))
         self.steps = nn.ModuleList()
         widths_s, widths_t = list(in_channels), list(out_channels)
@@ -115,7 +115,8 @@ class SequentialConnector(Connector):
         if (len(students), len(teachers)) != self.levels:
             raise ShapeError(
                 f'{type(self).__name__}: there must be {self.levels[0]} tensors of the student and {self.levels[1]} '
-                f'of the teacher, as there are widths, got {len(students)} and {len(teachers)}.'
+                'of the teacher, as `in_channels` and `out_channels` have widths, '
+                f'got {len(students)} and {len(teachers)}.'
             )
         for step in self.steps:
             if isinstance(step, nn.ModuleList):

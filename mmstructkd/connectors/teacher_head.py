@@ -8,8 +8,9 @@ from mmcv.cnn import ConvModule
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from mmstructkd.connectors.base import Connector, check_width
-from mmstructkd.errors import ConfigError, ShapeError, TapError, check_ndim, suggest
+from mmstructkd.connectors.base import MAX_KERNEL, Connector, check_input, check_width
+from mmstructkd.errors import ConfigError, ShapeError, TapError, check_count, suggest
+from mmstructkd.layers import check_layers
 from mmstructkd.registry import MODELS
 
 __all__ = ['TeacherHeadConnector']
@@ -89,7 +90,8 @@ class TeacherHeadConnector(Connector):
         check_width(owner, 'in_channels', in_channels)
         if head_channels is not None:
             check_width(owner, 'head_channels', head_channels)
-        if check_width(owner, 'kernel_size', kernel_size) % 2 == 0:
+        check_count(owner, 'kernel_size', kernel_size, maximum=MAX_KERNEL)
+        if kernel_size % 2 == 0:
             raise ConfigError(f'{owner}: `kernel_size` must be odd, got {kernel_size!r}.')
         self.head = head
         self.head_channels = head_channels
@@ -97,8 +99,8 @@ class TeacherHeadConnector(Connector):
             'in_channels': in_channels,
             'kernel_size': kernel_size,
             'padding': kernel_size // 2,
-            'norm_cfg': dict(norm_cfg or {'type': 'BN'}),
-            'act_cfg': dict(act_cfg or {'type': 'ReLU'}),
+            'norm_cfg': {'type': 'BN'} if norm_cfg is None else dict(norm_cfg),
+            'act_cfg': {'type': 'ReLU'} if act_cfg is None else dict(act_cfg),
         }
         self.projection: nn.Module | None = None
         self._borrowed = _Borrowed()
@@ -127,6 +129,7 @@ class TeacherHeadConnector(Connector):
                     f'no layer of {type(head).__name__} says which width it expects.'
                 )
             self.head_channels = width
+            check_layers(owner, width, norm_cfg=self._settings['norm_cfg'], act_cfg=self._settings['act_cfg'])
             self.projection = ConvModule(out_channels=width, **self._settings)
         self._borrowed = _Borrowed(head)
 
@@ -139,7 +142,7 @@ class TeacherHeadConnector(Connector):
                 f'{owner}: `attach` must be called with the teacher before the first forward, got no call yet. '
                 'It needs a teacher that is a network.'
             )
-        check_ndim(owner, 'student', student, 4, '(B, C, H, W)')
+        check_input(owner, student, self._settings['in_channels'])
         feature = self.projection(student)
         # The teacher is in eval all the time; whoever changed that gets it back as it was.
         training = [module for module in head.modules() if module.training]

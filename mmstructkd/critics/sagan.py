@@ -16,7 +16,7 @@ from torch.nn import functional
 from torch.nn.utils.parametrizations import spectral_norm
 
 from mmstructkd.critics.input_norm import JointBatchNorm
-from mmstructkd.errors import ConfigError, ShapeError, check_ndim
+from mmstructkd.errors import ConfigError, ShapeError, check_count, check_flag, check_ndim, is_count
 from mmstructkd.registry import MODELS
 
 __all__ = ['SAGANCritic', 'SpatialSelfAttention']
@@ -25,6 +25,9 @@ __all__ = ['SAGANCritic', 'SpatialSelfAttention']
 _SMALLEST_SIDE = 64
 # What smaller maps are enlarged to: the published input, a 512 x 512 crop at stride 8.
 _PUBLISHED_SIDE = 65
+_LARGEST_SIDE = 4096
+#: More than any map or critic has; numbers above are slips that would fill the memory.
+MAX_WIDTH, MAX_BASE = 2**16, 1024
 
 
 class SpatialSelfAttention(nn.Module):
@@ -129,10 +132,11 @@ class SAGANCritic(nn.Module):
             size=size,
             max_side=max_side,
         )
-        _check_count(owner, 'in_channels', in_channels, 1)
-        _check_count(owner, 'image_channels', image_channels, 0)
-        _check_count(owner, 'base_channels', base_channels, 1)
-        _check_count(owner, 'max_side', max_side, _PUBLISHED_SIDE)
+        check_count(owner, 'in_channels', in_channels, maximum=MAX_WIDTH)
+        check_count(owner, 'image_channels', image_channels, 0, maximum=MAX_WIDTH)
+        check_count(owner, 'base_channels', base_channels, maximum=MAX_BASE)
+        check_flag(owner, 'batch_norm', batch_norm)
+        check_count(owner, 'max_side', max_side, _PUBLISHED_SIDE)
         self.in_channels = in_channels
         self.image_channels = image_channels
         self.max_side = max_side
@@ -215,20 +219,16 @@ def _resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
     return functional.interpolate(maps, size=size, mode='bilinear', align_corners=False, antialias=shrinks)
 
 
-def _check_count(owner: str, argument: str, value: int, minimum: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise ConfigError(f'{owner}: `{argument}` must be an integer of at least {minimum}, got {value!r}.')
-
-
 def _as_size(owner: str, size: int | Sequence[int] | None) -> tuple[int, int] | None:
     if size is None:
         return None
     sides = tuple(size) if isinstance(size, Sequence) else (size, size)
-    whole = all(isinstance(side, int) and not isinstance(side, bool) for side in sides)
-    if len(sides) != 2 or not whole or min(sides) < _SMALLEST_SIDE:
+    whole = all(map(is_count, sides))
+    if len(sides) != 2 or not whole or not _SMALLEST_SIDE <= min(sides) <= max(sides) <= _LARGEST_SIDE:
         raise ConfigError(
             f'{owner}: `size` must be a side or (h, w) of at least {_SMALLEST_SIDE} each, got {size!r}. '
-            'Four strided convolutions and a 4 x 4 kernel need as much.'
+            'Four strided convolutions and a 4 x 4 kernel need as much; '
+            f'above {_LARGEST_SIDE} the attention fills any memory.'
         )
     return sides[0], sides[1]
 

@@ -31,7 +31,7 @@ from mmstructkd.distillers.term import Term, parse_terms
 from mmstructkd.errors import CheckpointError, ConfigError, shown
 from mmstructkd.functional.sharing import sharing
 from mmstructkd.optim import for_distiller
-from mmstructkd.registry import HOOKS, MODELS
+from mmstructkd.registry import HOOKS, MODELS, build_part
 from mmstructkd.structures import Targets
 from mmstructkd.taps import Capture, RegionRecorder, Regions, Tap, pair_stages, probe_regions, tapped_forward
 
@@ -128,13 +128,8 @@ class StructuredDistiller(BaseModel):
             student = ConfigDict(student) if not isinstance(student, ConfigDict) else student.copy()
             if data_preprocessor is not None:
                 student.setdefault('data_preprocessor', data_preprocessor)
-            if 'type' not in student:
-                raise ConfigError(
-                    f'StructuredDistiller: `student` must have a `type`, got keys {sorted(student)}. '
-                    'Write student=_base_.model.'
-                )
-            student = MODELS.build(student)
-        elif not isinstance(student, BaseModel):
+            student = build_part('StructuredDistiller', 'student', student, example='_base_.model', known=BaseModel)
+        if not isinstance(student, BaseModel):
             raise ConfigError(
                 f'StructuredDistiller: `student` must be a config or an mmengine model, got {type(student).__name__}. '
                 'Write student=_base_.model.'
@@ -163,10 +158,13 @@ class StructuredDistiller(BaseModel):
                 f'StructuredDistiller: `teacher` must be a dict, got {shown(teacher)}. '
                 "Write teacher=dict(config='mmseg::...', checkpoint='...')."
             )
-        try:
-            return MODELS.build({'type': 'mmstructkd.FrozenTeacher', **teacher})
-        except TypeError as err:
-            raise ConfigError(f'StructuredDistiller: `teacher` cannot be built. {err}') from err
+        return build_part(
+            'StructuredDistiller',
+            'teacher',
+            {'type': 'mmstructkd.FrozenTeacher', **teacher},
+            example="dict(config='mmseg::...', checkpoint='...')",
+            known=TeacherSource,
+        )
 
     def _check_student_taps(self) -> None:
         """Resolve the student's taps before anything expensive is done."""

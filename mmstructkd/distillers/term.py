@@ -14,16 +14,25 @@ import torch
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
+from mmstructkd.connectors import build_connector
 from mmstructkd.distillers.depth_order import check_depth_order
 from mmstructkd.distillers.schedule import WeightSchedule
 from mmstructkd.distillers.targets import head_at, num_classes_of, region_targets, repeat_targets
-from mmstructkd.errors import ConfigError, ShapeError, TapError, check_finite_number, check_one_of, suggest
+from mmstructkd.errors import (
+    CheckpointError,
+    ConfigError,
+    ShapeError,
+    TapError,
+    check_finite_number,
+    check_one_of,
+    suggest,
+)
 from mmstructkd.functional.resize import resize_map
 from mmstructkd.functional.sharing import once
 from mmstructkd.losses.base import DistillLoss
 from mmstructkd.losses.positions import PLACES
 from mmstructkd.optim import check_optimizer
-from mmstructkd.registry import MODELS
+from mmstructkd.registry import MODELS, build_part, look_up
 from mmstructkd.structures import Targets
 from mmstructkd.taps import Regions, Tap, in_region_head, shows_regions
 
@@ -133,7 +142,7 @@ class Term(nn.Module):
             return {'student': tap, 'teacher': tap}
         if set(tap) != {'student', 'teacher'}:
             raise ConfigError(
-                f"{owner}: `tap` must have the keys 'student' and 'teacher', got {sorted(tap)}. "
+                f"{owner}: `tap` must have the keys 'student' and 'teacher', got {list(tap)}. "
                 "One string serves both networks: tap='decode_head.conv_seg'."
             )
         return tap
@@ -144,27 +153,20 @@ class Term(nn.Module):
         several = taps if isinstance(taps, (list, tuple)) else [taps]
         if not several:
             raise TapError(f'{owner} must name at least one tap, got {taps!r}.')
-        return tuple(Tap.parse(text, owner) for text in several)
+        parsed = tuple(Tap.parse(text, owner) for text in several)
+        if len(set(parsed)) < len(parsed):
+            raise TapError(f'{owner} must name each `tap` once, got {list(several)!r}.')
+        return parsed
 
     def _build_loss(self) -> DistillLoss:
         """Build the loss from its config, with the term's name in the errors."""
-        config = self.loss_config
-        if not isinstance(config, Mapping) or 'type' not in config:
-            raise ConfigError(
-                f'term {self.name!r}: `loss` must be a dict with a `type`, got {config!r}. '
-                "Example: dict(type='mmstructkd.PixelwiseKLLoss', loss_weight=1.0)."
-            )
-        kind = config['type']
-        if isinstance(kind, str) and MODELS.get(kind) is None:
-            known = [k for k, v in MODELS.module_dict.items() if issubclass(v, DistillLoss)]
-            raise ConfigError(
-                f'term {self.name!r}: `loss` must name a registered loss, got {kind!r}. '
-                f'{suggest(kind.split(".")[-1], known)}'
-            )
-        try:
-            loss = MODELS.build(dict(config))
-        except (TypeError, ValueError) as err:
-            raise ConfigError(f'term {self.name!r}: `loss` cannot be built. {err}') from err
+        loss = build_part(
+            f'term {self.name!r}',
+            'loss',
+            self.loss_config,
+            example="dict(type='mmstructkd.PixelwiseKLLoss', loss_weight=1.0)",
+            known=DistillLoss,
+        )
         if not isinstance(loss, DistillLoss):
             raise ConfigError(
                 f'term {self.name!r}: `loss` must be a distillation loss, got {type(loss).__name__}. '
@@ -363,7 +365,8 @@ class Term(nn.Module):
             self.connectors = nn.ModuleList([self._build_connector(*self.tensors(student, teacher), classes, heads)])
         else:
             self.connectors = nn.ModuleList([self._build_connector([s], [t], classes, heads) for s, t in pairs])
-        self.attach(network)
+        with self._named_errors(*pairs[0], classes):
+            self.attach(network)
         self.connectors.eval()  # one small image makes no batch statistics, and draws count from the first step
         with torch.no_grad(), self._named_errors(*pairs[0], classes):
             made = self._comparable(*self.tensors(student, teacher), targets.input_size)
@@ -398,7 +401,7 @@ class Term(nn.Module):
                 continue
             if network is None:
                 raise ConfigError(
-                    f'term {self.name!r}: `connector` {type(connector).__name__} needs the network of the teacher, '
+                    f'`connector` {type(connector).__name__} needs the network of the teacher, '
                     'got a source without one. Use a FrozenTeacher.'
                 )
             connector.attach(network)
@@ -478,8 +481,14 @@ class Term(nn.Module):
             if self._over_classes(student, teacher, classes):
                 raise self._other_classes(classes) from err
             raise ShapeError(f'term {self.name!r}: {err}') from err
-        except ValueError as err:
+        except (ConfigError, CheckpointError) as err:
             raise type(err)(f'term {self.name!r}: {err}') from err
+        except Exception as err:  # torch and parts of others raise whatever they trip over
+            raise ConfigError(
+                f'term {self.name!r}: `loss` and `connector` must be able to take the tapped tensors, got '
+                f'{tuple(student.shape)} of the student and {tuple(teacher.shape)} of the teacher. '
+                f'{type(err).__name__}: {err}'
+            ) from err
 
     def _over_classes(self, student: Tensor, teacher: Tensor, classes: Pair) -> bool:
         """Whether two tensors have other widths because they are scores over other classes.
@@ -527,7 +536,7 @@ class Term(nn.Module):
         if isinstance(config, (list, tuple)):
             return MODELS.get('mmstructkd.SequentialConnector')
         kind = config.get('type') if isinstance(config, Mapping) else None
-        return MODELS.get(kind) if isinstance(kind, str) else kind
+        return look_up(MODELS, kind) if isinstance(kind, str) else kind
 
     def _build_connector(self, student: list[Tensor], teacher: list[Tensor], classes: Pair, heads: Heads) -> nn.Module:
         """The configured connector, or the automatic one."""
@@ -548,17 +557,7 @@ class Term(nn.Module):
         config = self.connector_config
         if isinstance(config, (list, tuple)):
             config = {'type': 'mmstructkd.SequentialConnector', 'connectors': list(config)}
-        kind = config.get('type') if isinstance(config, Mapping) else None
-        if isinstance(kind, str) and MODELS.get(kind) is None:
-            known = [name for name in MODELS.module_dict if name.endswith('Connector')]
-            raise ConfigError(
-                f'term {self.name!r}: `connector` must name a registered connector, got {kind!r}. '
-                f'{suggest(kind.split(".")[-1], known)}'
-            )
-        try:
-            return MODELS.build({**widths, **config})
-        except (TypeError, KeyError, ValueError) as err:
-            raise ConfigError(f'term {self.name!r}: `connector` cannot be built. {err}') from err
+        return build_connector(f'term {self.name!r}', config, wide_s, wide_t)
 
     def _comparable(
         self, students: list[Tensor], teachers: list[Tensor], input_size: tuple[int, int] | None
@@ -695,7 +694,7 @@ def parse_terms(terms: Any) -> nn.ModuleDict:
                 raise ConfigError(f'{owner}: a term must have only the keys {KEYS}, got {key!r}. {suggest(key, KEYS)}')
         for key in ('tap', 'loss'):
             if key not in config:
-                raise ConfigError(f'{owner}: `{key}` must be given, got keys {sorted(config)}.')
+                raise ConfigError(f'{owner}: `{key}` must be given, got keys {list(config)}.')
         built[name] = Term(name, **config)
         check_finite_number(owner, 'loss_weight', built[name].loss.loss_weight, minimum=0)
     return built

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mmstructkd.errors import ConfigError, check_one_of
+from mmstructkd.errors import ConfigError, check_count, check_one_of
 from mmstructkd.functional.detection import binary_kl_loss, inside_boxes
 from mmstructkd.losses.softening import SoftenedLoss
 from mmstructkd.registry import MODELS
@@ -73,8 +73,7 @@ class BinaryKLLoss(SoftenedLoss):
     ) -> None:
         super().__init__(loss_weight, temperature)
         owner = type(self).__name__
-        if isinstance(anchors, bool) or not isinstance(anchors, int) or anchors < 1:
-            raise ConfigError(f'{owner}: `anchors` must be an integer above 0, got {anchors!r}.')
+        check_count(owner, 'anchors', anchors)
         check_one_of(owner, 'normalizer', normalizer, NORMALIZERS)
         self.anchors = anchors
         self.normalizer = normalizer

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mmstructkd.errors import ConfigError
+from mmstructkd.errors import ConfigError, is_count
 from mmstructkd.functional.binary import two_class_logits
 from mmstructkd.functional.logits import map_logits
 from mmstructkd.structures import Targets
@@ -62,7 +62,7 @@ class ClassMap:
 
     def __init__(self, owner: str, numbers: Sequence[int]) -> None:
         good = isinstance(numbers, Sequence) and not isinstance(numbers, str)
-        if not good or any(isinstance(k, bool) or not isinstance(k, int) or k < -1 for k in numbers):
+        if not good or any(not is_count(k) or k < -1 for k in numbers):
             raise ConfigError(
                 f'{owner}: `class_map` must hold for each class of the teacher a class of the student, or -1, '
                 f'got {numbers!r}.'

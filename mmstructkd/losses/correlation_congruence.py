@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mmstructkd.errors import ConfigError, check_one_of, check_positive
+from mmstructkd.errors import ConfigError, check_count, check_one_of, check_positive
 from mmstructkd.functional.relation import adjacent_correlation_loss, correlation_congruence_loss
 from mmstructkd.losses.node_loss import NodeLoss
 from mmstructkd.losses.presets import settle
@@ -17,6 +17,8 @@ __all__ = ['CorrelationCongruenceLoss']
 
 #: Largest gamma: the kernel of two equal nodes is at least 1e-4 of what the whole series gives.
 _STEEPEST = 5.0
+#: Of the series; far more than its sum needs, and a float holds the factorial.
+MAX_ORDER = 100
 _MODES = ('kernel', 'adjacent')
 _DEFAULTS: dict[str, Any] = {'loss_weight': 1.0, 'mode': 'kernel', 'nodes': 'cells'}
 _PRESETS: dict[str, dict[str, Any]] = {'code': {'loss_weight': 0.02, 'mode': 'adjacent', 'nodes': 'images'}}
@@ -104,8 +106,7 @@ class CorrelationCongruenceLoss(NodeLoss):
                 f'{owner}: `gamma` must be at most {_STEEPEST:g}, got {gamma!r}: the few terms of the series that are '
                 'taken begin with exp(-2 gamma), and would all vanish. Published: 0.4.'
             )
-        if isinstance(order, bool) or not isinstance(order, int) or order < 1:
-            raise ConfigError(f'{owner}: `order` must be an integer of at least 1, got {order!r}.')
+        check_count(owner, 'order', order, maximum=MAX_ORDER)
         self.preset = preset
         self.mode: str = settings['mode']
         self.gamma = float(gamma)

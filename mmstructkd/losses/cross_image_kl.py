@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mmstructkd.errors import ConfigError
+from mmstructkd.errors import check_count
 from mmstructkd.functional.affinity import check_kernel_size
 from mmstructkd.functional.nodes import pool_nodes
 from mmstructkd.functional.relation import cross_image_kl_loss
@@ -76,8 +76,7 @@ class CrossImageKLLoss(SoftenedLoss):
     ) -> None:
         super().__init__(loss_weight, temperature)
         owner = type(self).__name__
-        if isinstance(max_positions, bool) or not isinstance(max_positions, int) or max_positions < 1:
-            raise ConfigError(f'{owner}: `max_positions` must be an integer above 0, got {max_positions!r}.')
+        check_count(owner, 'max_positions', max_positions)
         self.max_positions = max_positions
         self.kernel_size = None if kernel_size is None else check_kernel_size(owner, kernel_size)
 

@@ -6,7 +6,7 @@ import torch
 from mmengine.dist import get_dist_info
 from torch import Tensor, nn
 
-from mmstructkd.errors import ConfigError, check_finite_number, check_one_of
+from mmstructkd.errors import ConfigError, check_count, check_finite_number, check_one_of
 from mmstructkd.functional.depth import depth_of_disparity, depth_readings, disparity_of_depth
 from mmstructkd.functional.resize import resize_labels
 from mmstructkd.functional.sampling import draw_positions
@@ -211,6 +211,10 @@ class DepthLoss(DistillLoss):
         return f'{super().extra_repr()}, {limits}{output}'
 
 
+#: Draws an image; more would fill the memory.
+MAX_DRAWS = 10**7
+
+
 class SampledDepthLoss(DepthLoss):
     """A loss on pixels drawn anew in each step, reproducibly.
 
@@ -243,8 +247,7 @@ class SampledDepthLoss(DepthLoss):
         super().__init__(
             loss_weight, min_depth=min_depth, max_depth=max_depth, where=where, teacher_output=teacher_output
         )
-        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
-            raise ConfigError(f'{type(self).__name__}: `seed` must be an integer of at least 0, got {seed!r}.')
+        check_count(type(self).__name__, 'seed', seed, 0, maximum=2**63 - 1)
         self.register_buffer('stream', torch.tensor([seed, 0], dtype=torch.int64))
 
     def draw(self, student: Tensor, count: int, arity: int) -> Tensor:
@@ -269,6 +272,5 @@ class SampledDepthLoss(DepthLoss):
         return positions
 
     def _check_number(self, name: str, value: int) -> int:
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ConfigError(f'{type(self).__name__}: `{name}` must be an integer of at least 1, got {value!r}.')
+        check_count(type(self).__name__, name, value, maximum=MAX_DRAWS)
         return value

@@ -90,7 +90,7 @@ class DepthRegressionLoss(DepthLoss):
             raise ConfigError(f'{owner}: `variance_weight` must be at most 1, got {variance_weight!r}.')
         self.kind = kind
         self.variance_weight = float(variance_weight)
-        self.root = bool(root)
+        self.root = root
         self.eps = float(eps)
 
     def compute(self, student: Tensor, teacher: Tensor, targets: Targets) -> Tensor:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from mmstructkd.errors import ConfigError, check_positive
+from mmstructkd.errors import check_count, check_positive
 from mmstructkd.functional.depth import gradient_matching_loss
 from mmstructkd.losses.depth_base import DepthLoss
 from mmstructkd.registry import MODELS
 from mmstructkd.structures import Targets
 
 __all__ = ['GradientMatchingLoss']
+
+#: Each halves the map: more leave nothing of any.
+MAX_SCALES = 16
 
 
 @MODELS.register_module()
@@ -85,10 +88,9 @@ class GradientMatchingLoss(DepthLoss):
         )
         owner = type(self).__name__
         check_positive(owner, 'eps', eps)
-        if isinstance(scales, bool) or not isinstance(scales, int) or scales < 1:
-            raise ConfigError(f'{owner}: `scales` must be an integer of at least 1, got {scales!r}.')
+        check_count(owner, 'scales', scales, maximum=MAX_SCALES)
         self.scales = scales
-        self.align = bool(align)
+        self.align = align
         self.eps = float(eps)
 
     def compute(self, student: Tensor, teacher: Tensor, targets: Targets) -> Tensor:

@@ -14,9 +14,11 @@ from mmstructkd.errors import (
     ConfigError,
     ShapeError,
     check_finite_number,
+    check_flag,
     check_ndim,
     check_one_of,
     check_same,
+    check_seed,
 )
 from mmstructkd.functional.adversarial import (
     ADVERSARIAL_MODES,
@@ -29,7 +31,8 @@ from mmstructkd.functional.depth import depth_of_disparity, depth_readings, norm
 from mmstructkd.functional.precision import full_precision
 from mmstructkd.losses.base import DistillLoss
 from mmstructkd.losses.depth_base import OUTPUTS
-from mmstructkd.registry import MODELS
+from mmstructkd.losses.own_optimizer import check_optimizer
+from mmstructkd.registry import MODELS, build_part
 from mmstructkd.structures import Targets
 
 __all__ = ['HolisticLoss']
@@ -225,9 +228,9 @@ class HolisticLoss(DistillLoss):
         self.mode = settings['mode']
         self.critic_weight = float(settings['critic_weight'])
         self.gradient_penalty_weight = float(settings['gradient_penalty_weight'])
-        self.softmax = bool(settings['softmax'])
+        self.softmax: bool = settings['softmax']
         self.over_classes = self.softmax
-        self.conditional = bool(settings['conditional'])
+        self.conditional: bool = settings['conditional']
         self.needs_images = self.conditional
         if normalize is not None:
             check_one_of(owner, 'normalize', normalize, NORMALIZATIONS)
@@ -245,8 +248,7 @@ class HolisticLoss(DistillLoss):
         self.teacher_output = teacher_output
         self.by_class = normalize is None
         self.own_optimizer = dict(settings['optimizer'])
-        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or seed < 0):
-            raise ConfigError(f'{owner}: `seed` must be an integer of at least 0 or None, got {seed!r}.')
+        check_seed(owner, seed)
         self.seed = seed
         self.channels: int | None = None
         self.critic: nn.Module | None = None
@@ -287,7 +289,9 @@ class HolisticLoss(DistillLoss):
         with torch.random.fork_rng(devices=[]):
             # The CPU's generator alone: `torch.manual_seed` would reseed the accelerators too.
             torch.default_generator.manual_seed(seed)
-            critic = MODELS.build(config)
+            critic = build_part(owner, 'critic', config, example="dict(type='mmstructkd.SAGANCritic')", known=nn.Module)
+        if not isinstance(critic, nn.Module):
+            raise ConfigError(f'{owner}: `critic` must be a module, got {type(critic).__name__}.')
         # What does not learn is no parameter for an optimiser, whose decay would move it all the same.
         critic.requires_grad_(self.critic_weight > 0)
         self.critic = critic.to(self.stream.device).train(self.training)
@@ -462,6 +466,8 @@ def _settle(owner: str, preset: str | None, given: Mapping[str, Any], critic: di
     check_one_of(owner, 'mode', settings['mode'], ADVERSARIAL_MODES)
     # Hinge in published use has no penalty; the spectral norm alone bounds the slope.
     settings.setdefault('gradient_penalty_weight', 10.0 if settings['mode'] == 'wgan' else 0.0)
+    for name in ('softmax', 'conditional'):
+        check_flag(owner, name, settings[name])
     check_finite_number(owner, 'critic_weight', settings['critic_weight'], minimum=0)
     check_finite_number(owner, 'gradient_penalty_weight', settings['gradient_penalty_weight'], minimum=0)
     if 'type' not in settings['optimizer']:
@@ -469,6 +475,7 @@ def _settle(owner: str, preset: str | None, given: Mapping[str, Any], critic: di
             f'{owner}: `optimizer` must name its type, got {settings["optimizer"]!r}. '
             "Write e.g. optimizer=dict(type='Adam', lr=4e-4, betas=(0.9, 0.99))."
         )
+    check_optimizer(owner, 'optimizer', settings['optimizer'])
     if 'in_channels' in critic:
         raise ConfigError(
             f"{owner}: `critic['in_channels']` must be left out, got {critic['in_channels']!r}. The probe fills it in."

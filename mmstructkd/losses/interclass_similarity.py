@@ -121,7 +121,7 @@ class InterclassSimilarityLoss(SoftenedLoss):
                 'That form takes all classes over the whole batch.'
             )
         self.preset = preset
-        self.normalize = bool(settings['normalize'])
+        self.normalize: bool = settings['normalize']
         self.mode: str = settings['mode']
         self.present: str = settings['present']
 

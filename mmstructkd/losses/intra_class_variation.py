@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mmstructkd.errors import ConfigError, check_positive
+from mmstructkd.errors import MAX_CLASSES, ConfigError, check_count
 from mmstructkd.functional.region import intra_class_variation_loss
 from mmstructkd.losses.base import DistillLoss
 from mmstructkd.losses.presets import settle
@@ -82,10 +82,10 @@ class IntraClassVariationLoss(DistillLoss):
         settings = settle(owner, preset, given, defaults=_DEFAULTS, presets=_PRESETS)
         super().__init__(loss_weight=settings['loss_weight'])
         if num_classes is not None:
-            check_positive(owner, 'num_classes', num_classes)
+            check_count(owner, 'num_classes', num_classes, maximum=MAX_CLASSES)
         self.preset = preset
         self.num_classes = num_classes
-        self.count_ignored = bool(settings['count_ignored'])
+        self.count_ignored: bool = settings['count_ignored']
 
     def compute(self, student: Tensor, teacher: Tensor, targets: Targets) -> Tensor:
         """Return the unweighted loss."""

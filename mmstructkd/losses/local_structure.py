@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mmstructkd.errors import ConfigError
+from mmstructkd.errors import check_count
 from mmstructkd.functional.relation import local_structure_loss
 from mmstructkd.losses.softening import SoftenedLoss
 from mmstructkd.registry import MODELS
@@ -66,10 +66,9 @@ class LocalStructureLoss(SoftenedLoss):
     ) -> None:
         super().__init__(loss_weight, temperature)
         owner = type(self).__name__
-        if isinstance(radius, bool) or not isinstance(radius, int) or radius < 1:
-            raise ConfigError(f'{owner}: `radius` must be an integer of at least 1, got {radius!r}.')
+        check_count(owner, 'radius', radius)
         self.radius = radius
-        self.include_self = bool(include_self)
+        self.include_self = include_self
 
     def compute(self, student: Tensor, teacher: Tensor, targets: Targets) -> Tensor:
         """Return the unweighted loss."""

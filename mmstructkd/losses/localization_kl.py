@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mmstructkd.errors import ConfigError, ShapeError, check_finite_number, check_one_of
+from mmstructkd.errors import ConfigError, ShapeError, check_count, check_finite_number, check_one_of
 from mmstructkd.functional.detection import edge_confidence, inside_boxes, localization_kl_loss
 from mmstructkd.losses.presets import settle
 from mmstructkd.losses.softening import SoftenedLoss
@@ -136,8 +136,7 @@ class LocalizationKLLoss(SoftenedLoss):
             raise ConfigError(f'{owner}: `threshold` must be at most 1, a probability, got {threshold!r}.')
         check_one_of(owner, 'bin_reduction', settings['bin_reduction'], ('sum', 'mean'))
         check_one_of(owner, 'reduction', settings['reduction'], ('mean', 'sum'))
-        if isinstance(edges, bool) or not isinstance(edges, int) or edges < 1:
-            raise ConfigError(f'{owner}: `edges` must be an integer above 0, got {edges!r}.')
+        check_count(owner, 'edges', edges)
         self.preset = preset
         self.region = region
         self.threshold = float(threshold)

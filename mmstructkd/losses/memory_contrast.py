@@ -9,8 +9,10 @@ from mmcv.cnn import ConvModule
 from torch import Tensor, nn
 
 from mmstructkd.errors import (
+    MAX_CLASSES,
     ConfigError,
     ShapeError,
+    check_count,
     check_ndim,
     check_same,
     check_some_weight,
@@ -19,6 +21,7 @@ from mmstructkd.functional.contrast import draw, memory_kl_loss
 from mmstructkd.functional.nodes import unit_vectors
 from mmstructkd.functional.precision import full_precision
 from mmstructkd.functional.region import class_centers
+from mmstructkd.layers import check_layers
 from mmstructkd.losses.presets import settle
 from mmstructkd.losses.seeding import check_seed, seeded
 from mmstructkd.losses.softening import SoftenedLoss
@@ -28,6 +31,9 @@ from mmstructkd.structures import Targets
 from mmstructkd.temperatures import check_temperature_range
 
 __all__ = ['MemoryContrastLoss']
+
+#: Keys that are kept or drawn; more would fill the memory.
+MAX_KEYS = 10**7
 
 _DEFAULTS: dict[str, Any] = {
     'loss_weight': 0.1,
@@ -175,13 +181,10 @@ class MemoryContrastLoss(SoftenedLoss):
             'pixels_per_image': pixels_per_image,
             'pixel_keys': pixel_keys,
             'region_keys': region_keys,
-            'max_anchors': settings['max_anchors'] + 1 if isinstance(settings['max_anchors'], int) else -1,
         }
         for name, value in counts.items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                least = 0 if name == 'max_anchors' else 1
-                shown = settings.get(name, value)
-                raise ConfigError(f'{owner}: `{name}` must be an integer of at least {least}, got {shown!r}.')
+            check_count(owner, name, value, maximum=MAX_CLASSES if name == 'num_classes' else MAX_KEYS)
+        check_count(owner, 'max_anchors', settings['max_anchors'], 0)
         check_seed(owner, seed)
         self.preset = preset
         self.num_classes = num_classes
@@ -219,6 +222,7 @@ class MemoryContrastLoss(SoftenedLoss):
         if self.channels is not None:
             self._check_widths(widths)
             return
+        check_layers(type(self).__name__, widths[1], norm_cfg=self.norm_cfg)
         with seeded(self.seed):
             projection = nn.Sequential(
                 ConvModule(widths[0], widths[1], 1, bias=False, norm_cfg=self.norm_cfg),

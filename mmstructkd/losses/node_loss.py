@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mmstructkd.errors import ConfigError, check_one_of, check_positive
+from mmstructkd.errors import MAX_CLASSES, ConfigError, check_count, check_one_of
 from mmstructkd.functional.nodes import cell_nodes, check_grid
 from mmstructkd.functional.region import class_centers
 from mmstructkd.losses.base import DistillLoss
@@ -43,7 +43,7 @@ class NodeLoss(DistillLoss):
         owner = type(self).__name__
         check_one_of(owner, 'nodes', nodes, NODES)
         if num_classes is not None:
-            check_positive(owner, 'num_classes', num_classes)
+            check_count(owner, 'num_classes', num_classes, maximum=MAX_CLASSES)
         self.nodes = nodes
         self.grid = check_grid(owner, grid)
         self.num_classes = num_classes

@@ -62,7 +62,7 @@ class PixelSimilarityLoss(DistillLoss):
 
     def __init__(self, loss_weight: float = 0.1, *, residual: bool = False) -> None:
         super().__init__(loss_weight=loss_weight)
-        self.residual = bool(residual)
+        self.residual = residual
 
     def compute(self, student: Tensor, teacher: Tensor, targets: Targets) -> Tensor:
         """Return the unweighted loss."""

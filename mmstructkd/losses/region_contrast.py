@@ -9,12 +9,13 @@ import torch.nn.functional as torch_functional
 from torch import Tensor, nn
 
 from mmstructkd.errors import (
+    MAX_CLASSES,
     ConfigError,
     ShapeError,
+    check_count,
     check_finite_number,
     check_ndim,
     check_one_of,
-    check_positive,
     check_same,
 )
 from mmstructkd.functional.contrast import draw, region_contrast_loss, sinkhorn_loss, wasserstein_contrast_loss
@@ -186,15 +187,14 @@ class RegionContrastLoss(SoftenedLoss):
             ('queue_size', queue_size, 0),
             ('queue_keys', queue_keys, 1),
         ):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ConfigError(f'{owner}: `{name}` must be an integer of at least {least}, got {value!r}.')
+            check_count(owner, name, value, least)
         self.queue_size = queue_size if mode == 'nce' and regions != 'cells' else 0
         if num_classes is None and (regions == 'classes' or self.queue_size):
             raise ConfigError(
                 f'{owner}: `num_classes` must be given for regions={regions!r} with queue_size={queue_size}, got None.'
             )
         if num_classes is not None:
-            check_positive(owner, 'num_classes', num_classes)
+            check_count(owner, 'num_classes', num_classes, maximum=MAX_CLASSES)
         self.mode = mode
         self.region_kind = regions
         self.needs_labels = regions == 'classes'

@@ -82,7 +82,7 @@ class ScaleShiftInvariantLoss(DepthLoss):
             blind_to_unit=True,
         )
         check_positive(type(self).__name__, 'eps', eps)
-        self.robust = bool(robust)
+        self.robust = robust
         self.eps = float(eps)
 
     def compute(self, student: Tensor, teacher: Tensor, targets: Targets) -> Tensor:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mmstructkd.errors import ConfigError, check_one_of, check_positive
+from mmstructkd.errors import check_flag, check_one_of, check_positive
 from mmstructkd.functional.statistics import OVER, standardized_mse_loss
 from mmstructkd.losses.base import DistillLoss
 from mmstructkd.losses.presets import settle
@@ -94,8 +94,7 @@ class StandardizedMSELoss(DistillLoss):
         owner = type(self).__name__
         settings = settle(owner, preset, {'over': over, 'half': half}, defaults=_DEFAULTS, presets=_PRESETS)
         check_one_of(owner, 'over', settings['over'], OVER)
-        if not isinstance(settings['half'], bool):
-            raise ConfigError(f'{owner}: `half` must be True or False, got {settings["half"]!r}.')
+        check_flag(owner, 'half', settings['half'])
         check_positive(owner, 'eps', eps)
         self.preset = preset
         self.over: str = settings['over']

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mmstructkd.errors import ConfigError, ShapeError, check_one_of
+from mmstructkd.errors import ConfigError, ShapeError, check_one_of, is_count
 from mmstructkd.functional.binary import as_two_classes
 from mmstructkd.functional.logits import zipf_label_loss
 from mmstructkd.functional.reduce import nan_unless_finite
@@ -66,7 +66,7 @@ class ZipfLabelLoss(DistillLoss):
     ) -> None:
         super().__init__(loss_weight=loss_weight)
         owner = type(self).__name__
-        if isinstance(kernel_size, bool) or not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 == 0:
+        if not is_count(kernel_size) or kernel_size < 1 or kernel_size % 2 == 0:
             raise ConfigError(f'{owner}: `kernel_size` must be an odd integer above 0, got {kernel_size!r}.')
         check_one_of(owner, 'voter', voter, ('student', 'teacher'))
         check_one_of(owner, 'target', target, TARGETS)

@@ -8,8 +8,14 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from mmstructkd.errors import ConfigError, check_finite_number, check_one_of, check_positive, suggest
-from mmstructkd.registry import MODELS
+from mmstructkd.errors import (
+    ConfigError,
+    check_count,
+    check_one_of,
+    check_positive,
+    suggest,
+)
+from mmstructkd.registry import MODELS, look_up
 
 __all__ = ['Progress', 'Softened', 'Temperature', 'build_temperature', 'check_temperature_range']
 
@@ -82,9 +88,9 @@ class Progress:
     """
 
     def __init__(self, owner: str, begin: int, end: int | None, *, share: float = 1.0) -> None:
-        check_finite_number(owner, 'begin', begin, minimum=0)
+        check_count(owner, 'begin', begin, 0)
         if end is not None:
-            check_finite_number(owner, 'end', end)
+            check_count(owner, 'end', end, 0)
             if end <= begin:
                 raise ConfigError(f'{owner}: `end` must lie after `begin`={begin}, got {end}.')
         self.begin, self.end, self.share = begin, end, share
@@ -151,14 +157,14 @@ def build_temperature(owner: str, value: Any) -> float | Temperature:
             "Write e.g. temperature=dict(type='mmstructkd.LearnableTemperature')."
         )
     kind = value['type']
-    if isinstance(kind, str) and MODELS.get(kind) is None:
+    if not callable(kind) and (not isinstance(kind, str) or look_up(MODELS, kind) is None):
         known = [
             name for name, cls in MODELS.module_dict.items() if isinstance(cls, type) and issubclass(cls, Temperature)
         ]
         check_one_of(owner, "temperature['type']", kind, [f'mmstructkd.{name}' for name in known])
     try:
         built = MODELS.build(dict(value))
-    except (TypeError, ValueError) as err:
+    except Exception as err:  # whatever a temperature of others trips over
         raise ConfigError(f'{owner}: `temperature` cannot be built. {err}') from err
     if not isinstance(built, Temperature):
         raise ConfigError(

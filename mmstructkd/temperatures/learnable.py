@@ -73,7 +73,7 @@ class LearnableTemperature(Temperature):
         check_positive(owner, 'span', span)
         check_temperature_range(owner, 'low + span', low + span)
         check_finite_number(owner, 'init', init)
-        self.low, self.span, self.by_epoch = float(low), float(span), bool(by_epoch)
+        self.low, self.span, self.by_epoch = float(low), float(span), by_epoch
         self.progress = Progress(owner, begin, end, share=PUBLISHED_SHARE)
         self.theta = nn.Parameter(torch.tensor(float(init)))
 

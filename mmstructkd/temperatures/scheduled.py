@@ -58,7 +58,7 @@ class ScheduledTemperature(Temperature):
         check_temperature_range(owner, 'start', start)
         check_temperature_range(owner, 'final', final)
         check_one_of(owner, 'shape', shape, SHAPES)
-        self.start, self.final, self.shape, self.by_epoch = float(start), float(final), shape, bool(by_epoch)
+        self.start, self.final, self.shape, self.by_epoch = float(start), float(final), shape, by_epoch
         self.progress = Progress(owner, begin, end)
 
     def set_progress(self, step: int, last: int) -> None:

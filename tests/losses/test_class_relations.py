@@ -162,6 +162,6 @@ def test_variation_refuses():
         IntraClassVariationLoss(num_classes=4)(*pair())
     with pytest.raises(ConfigError, match='`num_classes` must be given where the task does not tell it'):
         IntraClassVariationLoss()(*pair(), Targets(labels=torch.zeros(2, 3, 5, dtype=torch.long)))
-    with pytest.raises(ConfigError, match='`num_classes` must be a finite number above 0, got 0'):
+    with pytest.raises(ConfigError, match='`num_classes` must be an integer of at least 1, got 0'):
         IntraClassVariationLoss(num_classes=0)
     assert not IntraClassVariationLoss.needs_equal_channels

@@ -87,7 +87,7 @@ def test_bad_arguments():
     with pytest.raises(ConfigError, match="'max_side': 4.*preset='paper' fixes another"):
         PairwiseAffinityLoss(max_side=4, preset='paper')
     for bad in (0, 2.0, True):
-        with pytest.raises(ConfigError, match='`max_side` must be an integer above 0, got'):
+        with pytest.raises(ConfigError, match='`max_side` must be an integer of at least 1, got'):
             PairwiseAffinityLoss(max_side=bad)
     with pytest.raises(ConfigError, match=r"'kernel_scale': 0\.5.*preset='code' fixes another"):
         PairwiseAffinityLoss(preset='code', kernel_size=2)

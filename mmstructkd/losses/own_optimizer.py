@@ -1,0 +1,54 @@
+"""Checks the optimiser settings that a loss has for its own parameters, long before there is an optimiser."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from mmengine.registry import OPTIMIZERS
+from torch import nn
+
+from mmstructkd.arguments import check_call
+from mmstructkd.errors import ConfigError, shown
+from mmstructkd.registry import build_part
+
+__all__ = ['check_optimizer']
+
+
+def check_optimizer(owner: str, argument: str, config: Any) -> None:
+    """Raise :class:`~mmstructkd.errors.ConfigError` unless ``config`` builds an optimiser.
+
+    Names and kinds are compared with the optimiser's own signature, then it is
+    built for one number, so that its own checks of ranges speak as well.
+
+    Args:
+        owner: who takes the config, for messages.
+        argument: its name.
+        config: a dict with a ``type`` of mmengine's ``OPTIMIZERS``.
+
+    Example:
+        >>> check_optimizer('Loss', 'optimizer', dict(type='Adam', lr=1e-3))
+        >>> check_optimizer('Loss', 'optimizer', dict(type='Adma', lr=1e-3))
+        Traceback (most recent call last):
+        mmstructkd.errors.ConfigError: Loss: `optimizer` must name a registered optimizer, got 'Adma'. Did you mean ...
+    """
+    if isinstance(config, dict) and 'params' in config:
+        raise ConfigError(f'{owner}: `{argument}` must leave `params` out, got {shown(config["params"])}.')
+    number = nn.Parameter(torch.zeros(1))
+    made = build_part(
+        owner,
+        argument,
+        config,
+        example="dict(type='Adam', lr=4e-4, betas=(0.9, 0.99))",
+        known=torch.optim.Optimizer,
+        filled={'params': [number]},
+        registry=OPTIMIZERS,
+    )
+    if not isinstance(made, torch.optim.Optimizer):
+        raise ConfigError(f'{owner}: `{argument}` must be an optimiser, got {type(made).__name__}.')
+    settings = {name: value for name, value in config.items() if name != 'type'}
+    check_call(f'{owner}: `{argument}`', type(made), (), settings, filled=('params',))
+    for name, value in made.defaults.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f'{owner}: `{argument}`: `{name}` must be a finite number, got {value!r}.')
