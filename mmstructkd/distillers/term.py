@@ -384,6 +384,7 @@ class Term(nn.Module):
             levels.append(Level(labels_s[index], labels_t[index], tuple(feat_s.shape), tuple(feat_t.shape), shown))
         self.levels = tuple(levels)
         self.by_class = self._compares_classes(pairs[0], classes, heads)
+        self._check_bins(pairs[0], heads)
         with self._named_errors(*pairs[0], classes):
             self._try(student, teacher, targets, regions)
 
@@ -463,6 +464,24 @@ class Term(nn.Module):
             return False
         scores = [getattr(head, 'out_channels', None) or count for head, count in zip(heads, classes, strict=True)]
         return [tensor.shape[1] for tensor in pair] == scores
+
+    def _check_bins(self, pair: tuple[Tensor, Tensor], heads: Heads) -> None:
+        """Raise where bin k of both heads is another depth."""
+        bins = [getattr(head, 'to_depth', None) for head in heads]
+        facts = [tuple(getattr(one, fact, None) for fact in ('num_bins', 'min_depth', 'max_depth')) for one in bins]
+        scores = all(
+            number is not None and tensor.dim() > 1 and tensor.shape[1] == number
+            for (number, *_), tensor in zip(facts, pair, strict=True)
+        )
+        loss = self.loss
+        by_channel = loss.over_classes or loss.by_class or loss.needs_equal_channels or getattr(loss, 'bins', None)
+        if by_channel and scores and facts[0] != facts[1]:
+            shown = [f'{number} bins from {near:g} to {far:g} m' for number, near, far in facts]
+            raise ConfigError(
+                f'term {self.name!r}: the heads must have the same bins for {type(self.loss).__name__}, got {shown[0]} '
+                f'of the student and {shown[1]} of the teacher: bin k is another depth. Tap the depth map '
+                "('decode_head.to_depth') for a loss on depth, or give both heads the same range."
+            )
 
     @contextlib.contextmanager
     def _named(self) -> Iterator[None]:
