@@ -290,7 +290,7 @@ def loss_section(kind: type[DistillLoss]) -> list[str]:
         'Tap': collect({'': notes}, 'tap'),
         'Counts': collect({'': notes}, 'counts'),
         'Does not change': collect(everything, 'invariance', label=several),
-        'Several processes': collect({'': notes}, 'processes'),
+        'Distributed': collect({'': notes}, 'processes'),
         'Cost': collect(everything, 'cost', label=several),
         'Default weight': ' '.join([f'{weight_of(kind)}.', collect({'': notes}, 'weight')]).strip(),
         'Paper and code': collect({**shown, '': notes}, 'difference', label=several),

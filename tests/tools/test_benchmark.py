@@ -123,6 +123,17 @@ def test_losses_and_their_page(load: Callable, tmp_path: Path) -> None:
         load('benchmark_report').write_page(tmp_path / 'bare.md', [])
 
 
+def test_what_looking_for_nan_adds(load: Callable, tmp_path: Path) -> None:
+    arguments = ['--check', '--quick', '--pairs', 'pspnet_structkd', 'retinanet_cwd', '--rounds', '2', '--warmup', '1']
+    assert load('benchmark').main([*arguments, '--out', str(tmp_path)]) == 0
+    results = json.loads((tmp_path / 'check_cpu.json').read_text())
+    for entry in results['checks']:
+        assert 0 < entry['check']['median'] < entry['step']['median']
+        assert all(over > 1 for over in entry['ratio']['runs'])
+    assert '| with over without |' in load('benchmark_report').text(results)
+    assert (tmp_path / 'check_cpu.png').stat().st_size > 1000
+
+
 def test_what_options_change(load: Callable, tmp_path: Path) -> None:
     teacher = MODELS.build(toy_segmentor(8))
     torch.save(teacher.state_dict(), tmp_path / 'teacher.pth')
