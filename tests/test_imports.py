@@ -18,6 +18,7 @@ MAY_IMPORT = {
     '__init__': set(),
     'errors': set(),
     'structures': set(),
+    'randomness': set(),
     'functional': {'errors', 'structures'},
     'registry': set(),
     'compat': {'errors'},
@@ -46,7 +47,7 @@ MAY_IMPORT = {
     },
 }
 #: Every layer may use these; they import nothing of the package but each other.
-GROUND = {'errors', 'structures', 'registry'}
+GROUND = {'errors', 'structures', 'registry', 'randomness'}
 
 #: Imports inside functions, each with its reason.
 LOCAL_IMPORTS: dict[tuple[str, str], str] = {
