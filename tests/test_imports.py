@@ -19,6 +19,7 @@ MAY_IMPORT = {
     'errors': set(),
     'arguments': {'errors'},
     'structures': set(),
+    'randomness': set(),
     'functional': {'errors', 'structures'},
     'registry': {'arguments', 'errors'},
     'layers': {'errors'},
@@ -48,7 +49,7 @@ MAY_IMPORT = {
     },
 }
 #: Every layer may use these; they import nothing of the package but each other.
-GROUND = {'errors', 'structures', 'arguments', 'registry', 'layers'}
+GROUND = {'errors', 'structures', 'arguments', 'registry', 'layers', 'randomness'}
 
 #: Imports inside functions, each with its reason.
 LOCAL_IMPORTS: dict[tuple[str, str], str] = {

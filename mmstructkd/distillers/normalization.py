@@ -91,7 +91,8 @@ class InputConversion:
     the batch is passed on as it is.
 
     A preprocessor that wraps another counts as the inner one. One of another
-    kind is tried on noise: unless it computes the above, it is refused.
+    kind is tried on noise: unless it computes the above, or student and teacher
+    have the same with the same settings, it is refused.
     ``batch_augments`` of the teacher's (mmdet's ``BatchFixedSizePad`` and random
     resizing) are part of its training and not of what it sees here.
 
@@ -106,7 +107,11 @@ class InputConversion:
 
     def __init__(self, student: BaseDataPreprocessor, teacher: BaseDataPreprocessor) -> None:
         student, teacher = inner_preprocessor(student), inner_preprocessor(teacher)
-        statistics = {'student': _statistics(student, 'student'), 'teacher': _statistics(teacher, 'teacher')}
+        alike = _alike(student, teacher)
+        statistics = {
+            side: _statistics(preprocessor, side, alike=alike)
+            for side, preprocessor in (('student', student), ('teacher', teacher))
+        }
         widths = {side: len(mean) for side, (mean, _) in statistics.items()}
         if len({width for width in widths.values() if width > 1}) > 1:
             raise ConfigError(
@@ -198,12 +203,34 @@ class InputConversion:
         return twin
 
 
-def _statistics(preprocessor: nn.Module, side: str) -> tuple[Tensor, Tensor]:
+def _alike(first: nn.Module, second: nn.Module) -> bool:
+    """Whether two modules are of one class, have the same settings, and nothing that is learnt."""
+    pair = (first, second)
+    if type(first) is not type(second) or any(next(one.parameters(), None) is not None for one in pair):
+        return False
+    inside = vars(nn.Module())
+    settings = [{key: value for key, value in vars(one).items() if key not in inside} for one in pair]
+    buffers, children = ([dict(one.named_buffers()) for one in pair], [dict(one.named_children()) for one in pair])
+    if buffers[0].keys() != buffers[1].keys() or children[0].keys() != children[1].keys():
+        return False
+    try:
+        same = bool(settings[0] == settings[1])
+    except (RuntimeError, ValueError):
+        return False  # arrays among them
+    return (
+        same
+        and all(torch.equal(value, buffers[1][name]) for name, value in buffers[0].items())
+        and all(_alike(child, children[1][name]) for name, child in children[0].items())
+    )
+
+
+def _statistics(preprocessor: nn.Module, side: str, *, alike: bool) -> tuple[Tensor, Tensor]:
     """Mean and std of the channels in float64, in the order after the swap; one channel stands for all.
 
     Args:
         preprocessor: the innermost one.
         side: whose it is, for the message.
+        alike: the other network has the same, so that nothing is to be converted.
 
     Raises:
         ConfigError: it does something else, or divides by what is not above 0.
@@ -212,9 +239,10 @@ def _statistics(preprocessor: nn.Module, side: str) -> tuple[Tensor, Tensor]:
     mean, std = torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
     if next(preprocessor.parameters(), None) is not None:
         raise _unknown(owner, preprocessor, 'it has parameters that are learnt')
-    if getattr(preprocessor, '_enable_normalize', False):
-        found = [getattr(preprocessor, name, None) for name in ('mean', 'std')]
-        if not all(isinstance(value, Tensor) for value in found):
+    found = [getattr(preprocessor, name, None) for name in ('mean', 'std')]
+    tensors = all(isinstance(value, Tensor) for value in found)
+    if getattr(preprocessor, '_enable_normalize', False) and (tensors or not alike):
+        if not tensors:
             raise _unknown(owner, preprocessor, 'it normalises and has no tensors `mean` and `std`')
         if any(value.numel() != max(value.shape, default=1) for value in found):
             raise _unknown(owner, preprocessor, f'`mean` has shape {tuple(found[0].shape)}')
@@ -229,7 +257,8 @@ def _statistics(preprocessor: nn.Module, side: str) -> tuple[Tensor, Tensor]:
                 'images were divided by in its training.'
             )
     kind = type(preprocessor).forward
-    if kind.__module__.split('.')[0] not in OWNERS or kind.__qualname__.split('.')[0] not in KNOWN:
+    known = kind.__module__.split('.')[0] in OWNERS and kind.__qualname__.split('.')[0] in KNOWN
+    if not (known or alike):
         _try(preprocessor, owner, mean, std)
     return mean, std
 
@@ -249,11 +278,12 @@ def _try(preprocessor: nn.Module, owner: str, mean: Tensor, std: Tensor) -> None
             # It is not known what it is, so neither is how it fails.
             raise _unknown(owner, preprocessor, f'on one image it raises {type(err).__name__}: {err}') from err
         wanted = (image[order].double() - mean[:, None, None]) / std[:, None, None]
+        tolerance = 1e-3 * float(wanted.abs().max())
         if not isinstance(made, Tensor) or made.dim() != 4 or made.shape[:2] != (1, channels):
             got = tuple(made.shape) if isinstance(made, Tensor) else type(made).__name__
             raise _unknown(owner, preprocessor, f'of one image of shape {tuple(image.shape)} it makes {got}')
         made = made[0, :, : size[0], : size[1]].detach().cpu().double()
-        if made.shape != wanted.shape or not torch.allclose(made, wanted, rtol=1e-3, atol=1e-3):
+        if made.shape != wanted.shape or not torch.allclose(made, wanted, rtol=1e-3, atol=tolerance):
             raise _unknown(owner, preprocessor, 'what it makes of an image is not (x - mean) / std')
 
 

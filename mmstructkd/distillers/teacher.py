@@ -17,9 +17,9 @@ from mmstructkd.distillers.execution import Execution
 from mmstructkd.distillers.folding import fold_batch_norm
 from mmstructkd.distillers.loading import build_network, load_weights, model_config
 from mmstructkd.distillers.normalization import InputConversion, check_network, cover_input
-from mmstructkd.distillers.randomness import own_stream
 from mmstructkd.distillers.teacher_cache import TeacherCache, hash_of, preprocessing, weights_hash
 from mmstructkd.errors import ConfigError, TapError, check_flag, shown
+from mmstructkd.randomness import own_stream
 from mmstructkd.registry import MODELS
 from mmstructkd.taps import Capture, Regions, Tap, in_region_head, probe_regions, tapped_forward
 

@@ -17,11 +17,12 @@ from mmseg.models.decode_heads import FCNHead
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mmstructkd import randomness
 from mmstructkd.checkpoints import read_checkpoint
-from mmstructkd.distillers import FrozenTeacher, randomness
+from mmstructkd.distillers import FrozenTeacher
 from mmstructkd.distillers.loading import build_network
-from mmstructkd.distillers.randomness import own_stream
 from mmstructkd.errors import ConfigError
+from mmstructkd.randomness import own_stream
 from mmstructkd.registry import MODELS
 from mmstructkd.taps import Tap
 from mmstructkd.testing import toy_batch, toy_config, toy_distiller, toy_segmentor
@@ -306,6 +307,39 @@ def test_a_stream_that_cannot_be_held_is_named(option: str, tmp_path: Path) -> N
     build(noisy('OwnGeneratorHead'))
     with pytest.raises(ConfigError, match=f'`{option}` must have a teacher that shows the same .*default_rng'):
         build(noisy('OwnGeneratorHead'), **{option: value})
+
+
+@pytest.mark.parametrize('kind', ['dropout', 'numpy', 'python'])
+def test_the_teachers_head_draws_the_same_where_the_student_passes_through_it(kind: str) -> None:
+    """A connector that replays it is in the student's graph, and leaves the student's stream alone."""
+    terms = dict(
+        read=dict(
+            tap=dict(student='decode_head.convs', teacher='decode_head.conv_seg'),
+            connector=dict(type='mmstructkd.TeacherHeadConnector', head='decode_head.reader', head_channels=16),
+            loss=dict(type='mmstructkd.PixelwiseKLLoss'),
+        )
+    )
+    config = DRAWING[kind]()
+    teacher = FrozenTeacher(config, allow_random=True)
+    head = nn.Sequential()
+    head.forward = lambda feature: teacher.network.decode_head.conv_seg(teacher.network.decode_head.noise(feature))
+    teacher.network.decode_head.reader = head
+    model = MODELS.build(toy_distiller(teacher=teacher, terms=terms)).train()
+    connector = model.terms['read'].connectors[0]
+    connector.projection.eval()
+    feature = torch.randn(2, 8, 6, 8, requires_grad=True)
+    before = streams()
+    connector.set_progress(3, 10)
+    first, again = connector(feature), connector(feature)
+    assert streams() == before
+    assert torch.equal(first, again)
+    first.sum().backward()
+    assert feature.grad.any()
+    with own_stream(CPU, 3):  # the numbers that the teacher itself draws at this step
+        wanted = head(connector.projection(feature))
+    assert torch.equal(first, wanted)
+    connector.set_progress(4, 10)
+    assert not torch.equal(connector(feature), first)
 
 
 def test_a_plain_teacher_is_run_in_one_batch(tmp_path: Path) -> None:

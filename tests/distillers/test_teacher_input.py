@@ -376,6 +376,24 @@ def test_what_cannot_be_inverted_is_refused_by_name(odd: Any, reason: str, side:
         InputConversion(*pair)
 
 
+@pytest.mark.parametrize('kind', [PerImage, Same])
+def test_where_both_have_the_same_nothing_is_converted(kind: type) -> None:
+    """Whatever it computes: the teacher gets what it has learnt from."""
+    inputs = torch.randn(1, 3, 8, 8)
+    assert InputConversion(kind(**SETTINGS), kind(**SETTINGS))(inputs, None) is inputs
+    padded = InputConversion(kind(**SETTINGS, pad_size_divisor=16), kind(**SETTINGS, pad_size_divisor=16))
+    assert padded(inputs, None).shape == (1, 3, 16, 16)
+    if kind is PerImage:
+        for changes in (dict(mean=[0.0, 0.0, 0.0]), dict(pad_size_divisor=16), dict(bgr_to_rgb=False)):
+            with pytest.raises(ConfigError, match='got PerImage'):
+                InputConversion(kind(**SETTINGS), kind(**{**SETTINGS, **changes}))
+    with pytest.raises(ConfigError, match='got Learnt'):
+        InputConversion(Learnt(**SETTINGS), Learnt(**SETTINGS))
+    zero = dict(SETTINGS, std=[1.0, 0.0, 1.0])
+    with pytest.raises(ConfigError, match='`std` must be finite and above 0'):
+        InputConversion(kind(**zero), kind(**zero))
+
+
 @pytest.mark.parametrize('settings', [SETTINGS, {}, dict(mean=[3.0], std=[2.0])], ids=str)
 def test_a_subclass_that_does_what_it_says_is_taken(settings: dict) -> None:
     one, two = (InputConversion(kind(**settings), preprocessor()) for kind in (Same, ImgDataPreprocessor))

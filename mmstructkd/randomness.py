@@ -1,4 +1,7 @@
-"""A random stream of the teacher's own, apart from the one that the student draws from."""
+"""A random stream of the teacher's own, apart from the one that the student draws from.
+
+Needs torch and numpy alone; every layer may use it.
+"""
 
 from __future__ import annotations
 
