@@ -20,10 +20,13 @@ __all__ = [
     'ShapeError',
     'TapError',
     'check_finite_number',
+    'check_flag',
     'check_ndim',
     'check_one_of',
     'check_positive',
     'check_same',
+    'check_some_weight',
+    'shown',
     'suggest',
 ]
 
@@ -65,6 +68,38 @@ def suggest(name: str, known: Collection[str]) -> str:
     return f'Known: {listing}' + (f', and {len(shown) - 12} more.' if len(shown) > 12 else '.')
 
 
+def shown(value: Any, limit: int = 200) -> str:
+    """Return ``value`` as it is put into a message: on one line, and not the whole of a network or config.
+
+    Args:
+        value: what was got.
+        limit: characters after which it is cut.
+
+    Returns:
+        Its ``repr``; of a module its class, of another object whose ``repr``
+        has several lines the first of them.
+
+    Example:
+        >>> shown('a'), shown({'a': [1, 2]})
+        ("'a'", "{'a': [1, 2]}")
+    """
+    if hasattr(value, 'named_modules') and not isinstance(value, type):
+        return f'a built {type(value).__name__}'
+    lines = repr(value).splitlines() or ['']
+    cut = len(lines) > 1 or len(lines[0]) > limit
+    return lines[0][:limit].rstrip() + (' ...' if cut else '')
+
+
+def check_flag(owner: str, argument: str, value: Any) -> None:
+    """Raise :class:`ConfigError` unless ``value`` is ``True`` or ``False``.
+
+    ``'no'`` on a command line is a string, and every string with a letter in it
+    is true: it must not switch on what it says no to.
+    """
+    if not isinstance(value, bool):
+        raise ConfigError(f'{owner}: `{argument}` must be True or False, got {shown(value)}.')
+
+
 def check_one_of(owner: str, argument: str, value: Any, allowed: Collection[Any]) -> None:
     """Raise :class:`ConfigError` unless ``value`` is one of ``allowed``."""
     if value not in allowed:
@@ -87,6 +122,23 @@ def check_positive(owner: str, argument: str, value: Any) -> None:
     number = isinstance(value, Real) and not isinstance(value, bool)
     if not number or not math.isfinite(value) or value <= 0:
         raise ConfigError(f'{owner}: `{argument}` must be a finite number above 0, got {value!r}.')
+
+
+def check_some_weight(owner: str, **weights: float) -> None:
+    """Raise :class:`ConfigError` unless each weight is finite and at least 0, and one of them is above 0.
+
+    Args:
+        owner: who asks, for the message.
+        **weights: the weights of the parts of a sum, by argument.
+    """
+    for name, value in weights.items():
+        check_finite_number(owner, name, value, minimum=0)
+    if not any(weights.values()):
+        names = ', '.join(f'`{name}`' for name in weights)
+        raise ConfigError(
+            f'{owner}: one of {names} must be above 0, got 0 for all: nothing would be compared. '
+            'Set loss_weight=0 to switch the loss off.'
+        )
 
 
 def check_ndim(owner: str, argument: str, tensor: Tensor, ndim: int | Sequence[int], layout: str) -> None:

@@ -33,6 +33,7 @@ END = re.compile(r'(?<!e\.g\.)(?<!i\.e\.)(?<! al\.)(?<! cf\.)(?<=[.!?])\s+(?=[A-
 
 #: What a sentence is about, by its words; the first that fits. What fits none explains the formula.
 ABOUT = {
+    'counts': r'\(``where=',
     'nothing new': r'^The gradient reaches ``student``( only)?(, once.*|, and ``temperature`` where that is a tensor)?'
     r'\.$|\bfor (the|its|their) (formula|parts)\b',
     'cost': r'\bO\(|\b[Tt]ime and memory\b|\bCosts? [a-z]',
@@ -286,6 +287,7 @@ def loss_section(kind: type[DistillLoss]) -> list[str]:
         'Transfers': getattr(kind, 'transfers', ''),
         'Tasks': tasks_of(kind),
         'Tap': collect({'': notes}, 'tap'),
+        'Counts': collect({'': notes}, 'counts'),
         'Does not change': collect(everything, 'invariance', label=several),
         'Cost': collect(everything, 'cost', label=several),
         'Default weight': ' '.join([f'{weight_of(kind)}.', collect({'': notes}, 'weight')]).strip(),

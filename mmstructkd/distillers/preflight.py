@@ -24,9 +24,12 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from mmstructkd import compat
+from mmstructkd.checkpoints import IN_CONFIG, consented, read_checkpoint, trusts
+from mmstructkd.distillers.class_names import check_class_names, names_of_config, names_of_teacher
 from mmstructkd.distillers.loading import DISTILLER, _drop_pretrained
 from mmstructkd.distillers.structured_distiller import Observation, StructuredDistiller
 from mmstructkd.distillers.term import Term
+from mmstructkd.distillers.weights import tensors_in
 from mmstructkd.errors import CheckpointError, ConfigError, TapError
 from mmstructkd.registry import MODELS
 
@@ -229,10 +232,12 @@ def build_distiller(cfg: Config, *, random_init: bool = False) -> StructuredDist
     if random_init and isinstance(model.get('student'), Mapping):
         _drop_pretrained(model.student)
     set_random_seed((cfg.get('randomness') or {}).get('seed') or 0)
-    distiller = MODELS.build(model)
-    distiller.init_weights()
-    if cfg.get('load_from') and not random_init:
-        _load_from(distiller, cfg.load_from)
+    with consented(trusts(cfg), IN_CONFIG):
+        distiller = MODELS.build(model)
+        check_class_names(distiller.terms.values(), names_of_config(cfg), names_of_teacher(distiller.teacher))
+        distiller.init_weights()
+        if cfg.get('load_from') and not random_init:
+            _load_from(distiller, cfg.load_from)
     if getattr(distiller.teacher, 'cache', None) is not None:
         distiller.teacher.cache = None  # nothing is written here, and what the teacher costs is asked
     return distiller.train()
@@ -240,9 +245,7 @@ def build_distiller(cfg: Config, *, random_init: bool = False) -> StructuredDist
 
 def _load_from(distiller: StructuredDistiller, path: str) -> None:
     """Load the weights that training would start from, as leniently as mmengine does."""
-    content = compat.read_checkpoint(path)
-    weights = content.get('state_dict', content)
-    weights = {key.removeprefix('module.'): value for key, value in weights.items()}
+    weights = tensors_in(read_checkpoint(path), OWNER, path)
     try:
         distiller.load_state_dict(weights, strict=False)
     except RuntimeError as err:

@@ -16,21 +16,31 @@ from mmengine.model import BaseModel
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
-from mmstructkd.distillers.targets import collect_targets, head_of, probe_samples, probe_targets, task_of
+from mmstructkd.distillers.step_record import Fault, StepRecord, explain
+from mmstructkd.distillers.targets import (
+    branches_of,
+    collect_targets,
+    head_of,
+    num_classes_of,
+    probe_samples,
+    probe_targets,
+    task_of,
+)
 from mmstructkd.distillers.teacher import TeacherSource
 from mmstructkd.distillers.term import Term, parse_terms
-from mmstructkd.errors import CheckpointError, ConfigError
+from mmstructkd.errors import CheckpointError, ConfigError, shown
 from mmstructkd.functional.sharing import sharing
+from mmstructkd.optim import for_distiller
 from mmstructkd.registry import HOOKS, MODELS
 from mmstructkd.structures import Targets
-from mmstructkd.taps import Capture, RegionRecorder, Regions, Tap, probe_regions, tapped_forward
+from mmstructkd.taps import Capture, RegionRecorder, Regions, Tap, pair_stages, probe_regions, tapped_forward
 
 __all__ = ['StructuredDistiller']
 
 # Strides up to 128 give maps of sizes of their own, and 3x6 at stride 32: deformable convolutions refuse 2x4.
 PROBE_SIZE = (96, 192)
 STUDENT = 'student.'
-RUNNER_HOOKS = ('TermScheduleHook', 'StudentCheckpointHook', 'FiniteLossHook')
+RUNNER_HOOKS = ('TermScheduleHook', 'StudentCheckpointHook', 'FiniteLossHook', 'FiniteCheckpointHook')
 
 
 @contextlib.contextmanager
@@ -118,6 +128,11 @@ class StructuredDistiller(BaseModel):
             student = ConfigDict(student) if not isinstance(student, ConfigDict) else student.copy()
             if data_preprocessor is not None:
                 student.setdefault('data_preprocessor', data_preprocessor)
+            if 'type' not in student:
+                raise ConfigError(
+                    f'StructuredDistiller: `student` must have a `type`, got keys {sorted(student)}. '
+                    'Write student=_base_.model.'
+                )
             student = MODELS.build(student)
         elif not isinstance(student, BaseModel):
             raise ConfigError(
@@ -126,9 +141,13 @@ class StructuredDistiller(BaseModel):
             )
         super().__init__(data_preprocessor=student.data_preprocessor)
         self.student = student
+        self.last_step: StepRecord | None = None
         with random_state_kept():
             self.terms = parse_terms(terms)
             self._check_student_taps()
+            self._stages = pair_stages((t.name, t.student_taps, t.teacher_taps) for t in self.terms.values())
+            for term in self.terms.values():
+                term.branches = branches_of(self.student)
             self._teacher = self._build_teacher(teacher)
             self._teacher.attach(self.student)
             self._probe()
@@ -141,7 +160,7 @@ class StructuredDistiller(BaseModel):
             return teacher
         if not isinstance(teacher, dict):
             raise ConfigError(
-                f'StructuredDistiller: `teacher` must be a dict, got {teacher!r}. '
+                f'StructuredDistiller: `teacher` must be a dict, got {shown(teacher)}. '
                 "Write teacher=dict(config='mmseg::...', checkpoint='...')."
             )
         try:
@@ -172,8 +191,12 @@ class StructuredDistiller(BaseModel):
         observed = self._teacher.probe(inputs, samples, teacher_taps)
         classes = (_num_classes(self.student), _num_classes(teacher_network))
         known = probe_targets(task_of(self.student), 1, classes[0], PROBE_SIZE)
+        # A random teacher agrees with no ground truth, and is asked for none.
+        trained = getattr(self._teacher, 'checkpoint', '') is not None
         for term in self.terms.values():
-            term.bind(capture.records, observed.records, classes, known, regions, teacher_network)
+            term.bind(
+                capture.records, observed.records, classes, known, regions, teacher_network, self.student, trained
+            )
             for level in term.levels:
                 print_log(
                     f'term {term.name!r}: student {level.student_tap} {level.student}, '
@@ -211,6 +234,8 @@ class StructuredDistiller(BaseModel):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StructuredDistiller:
         """Move the teacher along with ``.to()``, ``.cuda()`` and the like."""
         super()._apply(fn, recurse)
+        for network in _hidden_networks(self.student):
+            network._apply(fn)
         self._teacher.move(fn)
         for term in self.terms.values():
             term.attach(getattr(self._teacher, 'network', None))  # a move may have made a copy of it
@@ -238,6 +263,8 @@ class StructuredDistiller(BaseModel):
         if mode != 'loss':
             return self.student(inputs, data_samples, mode=mode)
         losses, seen = self.observe(inputs, data_samples, self._active)
+        if torch.is_grad_enabled():
+            self.last_step = StepRecord.of(inputs, data_samples, self._active, seen)
         for name, scored in self.score(seen).items():
             clash = sorted(set(scored) & set(losses))
             if clash:
@@ -246,6 +273,36 @@ class StructuredDistiller(BaseModel):
                 )
             losses.update(scored)
         return losses
+
+    def parse_losses(self, losses: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Sum the losses as mmengine does, and note them until the step is known to be sound.
+
+        Args:
+            losses: what :meth:`forward` returned.
+
+        Returns:
+            The sum, and what is logged.
+        """
+        total, logged = super().parse_losses(losses)
+        if self.last_step is not None:
+            self.last_step.losses = {name: value.detach() for name, value in logged.items()}
+        return total, logged
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copy and pickle without the batch of the last step."""
+        return {**self.__dict__, 'last_step': None}
+
+    def explain(self, **found: Any) -> Fault:
+        """Tell what is wrong with the last training step, and who brought it in.
+
+        Args:
+            **found: what else is known, see
+                :func:`~mmstructkd.distillers.step_record.explain`.
+
+        Returns:
+            The fault, as far as this process can see it.
+        """
+        return explain(self, self.last_step, **found)
 
     @property
     def _active(self) -> list[Term]:
@@ -293,7 +350,9 @@ class StructuredDistiller(BaseModel):
             teacher = self._teacher.observe(inputs, data_samples, teacher_taps)
         student_taps = [tap for term in terms for tap in term.student_taps]
         with (
-            RegionRecorder(self.student) if on_regions else contextlib.nullcontext() as recorder,
+            RegionRecorder(self.student, student_taps, self._stages)
+            if on_regions
+            else contextlib.nullcontext() as recorder,
             Capture(self.student, student_taps, clone=self._clone) as capture,
         ):
             losses = self.student(inputs, data_samples, mode='loss')
@@ -354,7 +413,8 @@ class StructuredDistiller(BaseModel):
             runner: the runner that was just given this model.
 
         Raises:
-            ConfigError: ``compile`` is set.
+            ConfigError: ``compile`` is set, or ``optim_wrapper`` cannot serve a
+                distiller.
         """
         if runner.cfg.get('compile'):
             raise ConfigError(
@@ -365,11 +425,8 @@ class StructuredDistiller(BaseModel):
         for name in (*RUNNER_HOOKS, *self._teacher.hooks):
             if name not in present:
                 runner.register_hook(HOOKS.build({'type': f'mmstructkd.{name}'}))
-        settings = runner.optim_wrapper
-        constructor = 'mmstructkd.DistillOptimWrapperConstructor'
-        if isinstance(settings, dict) and settings.get('constructor') != constructor and 'optimizer' in settings:
-            base = settings.get('constructor', 'DefaultOptimWrapperConstructor')
-            runner.optim_wrapper = {**settings, 'constructor': constructor, 'base_constructor': base}
+        if runner._train_loop is not None:
+            runner.optim_wrapper = for_distiller(runner.optim_wrapper, self)
 
     def _load_from_state_dict(
         self,
@@ -407,6 +464,15 @@ def _keep_student_only(module: nn.Module, state_dict: dict[str, Tensor], prefix:
                 metadata[prefix + key[len(inner) :]] = value
 
 
+def _hidden_networks(network: nn.Module) -> list[nn.Module]:
+    """Networks that modules hold as plain attributes, as mmdet's own distillers hold their teacher.
+
+    These move them in a ``.to()`` of their own, which a module that holds the
+    student does not call.
+    """
+    return [one for module in network.modules() for one in vars(module).values() if isinstance(one, nn.Module)]
+
+
 def _num_classes(network: nn.Module | None) -> int | None:
     """Number of classes of a network's head, where it has one."""
-    return None if network is None else getattr(head_of(network), 'num_classes', None)
+    return None if network is None else num_classes_of(head_of(network))

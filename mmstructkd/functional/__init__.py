@@ -7,6 +7,7 @@ returns an unweighted scalar of at least float32 and detaches the teacher.
 from mmstructkd.functional.adversarial import adversarial_loss, critic_loss, gradient_penalty
 from mmstructkd.functional.affinity import pairwise_affinity_loss
 from mmstructkd.functional.averaging import average_momentum, average_update
+from mmstructkd.functional.binary import as_two_classes, two_class_logits
 from mmstructkd.functional.blending import blend, blended_cross_entropy_loss, blended_feature_loss, blended_kl_losses
 from mmstructkd.functional.boxes import box_masks, focal_attention, focal_feature_loss
 from mmstructkd.functional.chain_marginals import chain_cross_entropy_loss, chain_marginals
@@ -27,7 +28,9 @@ from mmstructkd.functional.cross_entropy import cross_entropy_loss
 from mmstructkd.functional.cross_view_similarity import cross_view_similarity_loss, rows_worth_keeping
 from mmstructkd.functional.depth import (
     depth_l1_loss,
+    depth_of_disparity,
     depth_readings,
+    disparity_of_depth,
     gradient_matching_loss,
     normalize_depth,
     ordinal_relation_loss,
@@ -98,6 +101,7 @@ __all__ = [
     'adaptation_factor',
     'adjacent_correlation_loss',
     'adversarial_loss',
+    'as_two_classes',
     'attention_map',
     'attention_residuals',
     'attention_transfer_loss',
@@ -129,7 +133,9 @@ __all__ = [
     'cross_view_similarity_loss',
     'decoupled_kl_loss',
     'depth_l1_loss',
+    'depth_of_disparity',
     'depth_readings',
+    'disparity_of_depth',
     'dist_loss',
     'draw_positions',
     'edge_confidence',
@@ -201,6 +207,7 @@ __all__ = [
     'standardized_mse_loss',
     'turn_back',
     'turn_maps',
+    'two_class_logits',
     'unit_vectors',
     'value_disagreement',
     'variance_hinge_loss',

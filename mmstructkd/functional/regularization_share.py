@@ -8,9 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mmstructkd.errors import check_ndim, check_same
-from mmstructkd.functional.cross_entropy import two_classes
-from mmstructkd.functional.logits import _labelled, _only
+from mmstructkd.functional.logits import _labelled, _only, _scores
 from mmstructkd.functional.precision import full_precision
 from mmstructkd.functional.reduce import masked_mean
 from mmstructkd.functional.softening import check_temperature, log_of_classes
@@ -64,11 +62,7 @@ def regularization_share(
     """
     owner = 'regularization_share'
     check_temperature(owner, temperature)
-    for name, logits in (('student', student), ('teacher', teacher)):
-        check_ndim(owner, name, logits, (2, 4), '(B, C, H, W) or (M, C)')
-    student, teacher = two_classes(student), two_classes(teacher)
-    axes, shared = (range(4), 'B, C, H and W') if student.dim() == 4 else (range(2), 'M and C')
-    check_same(owner, student, teacher, axes, shared, 'Resize the teacher with resize_map.')
+    student, teacher = _scores(owner, student, teacher)
     index, counts = _labelled(owner, student, labels, ignore_index, valid)
     student, teacher = _only(counts, student.detach(), teacher.detach())
     own_s, own_t = (log_of_classes(z, temperature).gather(1, index.unsqueeze(1)).squeeze(1) for z in (student, teacher))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from mmstructkd.compat import read_checkpoint
+from mmstructkd.checkpoints import read_checkpoint
 from mmstructkd.testing import toy_config, toy_distiller, toy_segmentor, toy_terms
 
 ROOT = Path(__file__).parents[2]
