@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mmstructkd.errors import check_ndim
+from mmstructkd.functional.binary import two_class_logits
 from mmstructkd.functional.logits import _labelled, _only
 from mmstructkd.functional.precision import full_precision
 from mmstructkd.functional.reduce import masked_mean
@@ -30,7 +31,7 @@ def two_classes(scores: Tensor) -> Tensor:
         >>> two_classes(torch.tensor([[3.0]]))
         tensor([[0., 3.]])
     """
-    return torch.cat([torch.zeros_like(scores), scores], dim=1) if scores.shape[1] == 1 else scores
+    return two_class_logits(scores) if scores.shape[1] == 1 else scores
 
 
 @full_precision

@@ -8,15 +8,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mmstructkd.errors import ShapeError, check_finite_number, check_ndim, check_positive, check_same
-from mmstructkd.functional.cross_entropy import two_classes
+from mmstructkd.errors import ShapeError, check_finite_number, check_positive
+from mmstructkd.functional.logits import _scores
 from mmstructkd.functional.precision import full_precision
 from mmstructkd.functional.reduce import masked_mean, valid_pixels
 from mmstructkd.functional.softening import kl_along, log_of_classes
 
 __all__ = ['bounded_temperature', 'instance_temperature_kl_loss']
-
-_WAY_OUT = 'Resize the teacher with resize_map, or put a connector in front of the student.'
 
 
 @full_precision
@@ -103,11 +101,7 @@ def instance_temperature_kl_loss(
         0.4848
     """
     owner = 'instance_temperature_kl_loss'
-    for name, logits in (('student', student), ('teacher', teacher)):
-        check_ndim(owner, name, logits, (2, 4), '(B, C, H, W) or (M, C)')
-    student, teacher = two_classes(student), two_classes(teacher)
-    axes, shared = (range(4), 'B, C, H and W') if student.dim() == 4 else (range(2), 'M and C')
-    check_same(owner, student, teacher, axes, shared, _WAY_OUT)
+    student, teacher = _scores(owner, student, teacher)
     number, size = student.shape[0], tuple(student.shape[2:])
     allowed = [(number, 1, *size)] if student.dim() == 2 else [(number, 1, *size), (number, 1, 1, 1)]
     if tuple(temperature.shape) not in allowed:

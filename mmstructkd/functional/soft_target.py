@@ -9,16 +9,14 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from mmstructkd.errors import ConfigError, check_finite_number, check_ndim, check_positive, check_same
-from mmstructkd.functional.cross_entropy import label_losses, two_classes
-from mmstructkd.functional.logits import _only
+from mmstructkd.errors import ConfigError, check_finite_number, check_positive
+from mmstructkd.functional.cross_entropy import label_losses
+from mmstructkd.functional.logits import _only, _scores
 from mmstructkd.functional.precision import full_precision
 from mmstructkd.functional.reduce import masked_mean
 from mmstructkd.functional.softening import check_temperature, kl_along, log_of_classes, teacher_log_of_classes
 
 __all__ = ['ConstrainedLoss', 'constrained_soft_target', 'next_multiplier', 'soft_target_loss']
-
-_WAY_OUT = 'Resize the teacher with resize_map, or map its classes with map_logits.'
 
 
 def _parts(
@@ -33,11 +31,7 @@ def _parts(
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy with the labels and T squared times the divergence, both means over the pixels that count."""
     check_temperature(owner, temperature)
-    for name, logits in (('student', student), ('teacher', teacher)):
-        check_ndim(owner, name, logits, (2, 4), '(B, C, H, W) or (M, C)')
-    student, teacher = two_classes(student), two_classes(teacher)
-    axes, shared = (range(4), 'B, C, H and W') if student.dim() == 4 else (range(2), 'M and C')
-    check_same(owner, student, teacher, axes, shared, _WAY_OUT)
+    student, teacher = _scores(owner, student, teacher)
     hard, counts = label_losses(student, labels, ignore_index=ignore_index, valid=valid, owner=owner)
     (student,) = _only(counts, student)
     log_s = log_of_classes(student, temperature)
