@@ -13,7 +13,6 @@ from mmstructkd.errors import (
     check_count,
     check_one_of,
     check_positive,
-    is_count,
     shown,
     suggest,
 )
@@ -21,6 +20,8 @@ from mmstructkd.registry import MODELS, look_up
 
 #: What a temperature may be. Published ones lie between 0.01 and 100.
 LOWEST, HIGHEST = 1e-4, 1e4
+#: Iterations of any training.
+MAX_STEPS = 10**12
 
 __all__ = ['Progress', 'Softened', 'Temperature', 'build_temperature', 'check_temperature']
 
@@ -90,9 +91,9 @@ class Progress:
     """
 
     def __init__(self, owner: str, begin: int, end: int | None, *, share: float = 1.0) -> None:
-        check_count(owner, 'begin', begin, 0)
+        check_count(owner, 'begin', begin, 0, maximum=MAX_STEPS)
         if end is not None:
-            check_count(owner, 'end', end, 0)
+            check_count(owner, 'end', end, 0, maximum=MAX_STEPS)
             if end <= begin:
                 raise ConfigError(f'{owner}: `end` must lie after `begin`={begin}, got {end}.')
         self.begin, self.end, self.share = begin, end, share
