@@ -146,6 +146,8 @@ class _Takes:
         defaults: by name the default.
         anything: other names are taken as well.
         many: any number of values without a name is taken.
+        misplaced: by name where it belongs, for names that configs put here by mistake: the class's own
+            ``misplaced_arguments``.
     """
 
     positional: tuple[str, ...]
@@ -155,6 +157,7 @@ class _Takes:
     known: tuple[str, ...]
     anything: bool
     many: bool
+    misplaced: Mapping[str, str]
 
 
 def _hints(function: Callable[..., Any]) -> dict[str, Any]:
@@ -201,6 +204,7 @@ def _takes(cls: type) -> _Takes:
     hints: dict[str, Any] = {}
     defaults: dict[str, Any] = {}
     anything = many = False
+    misplaced: Mapping[str, str] = getattr(cls, 'misplaced_arguments', {})
     for depth, init in enumerate(chain):
         own = _hints(init)
         anything = many = False
@@ -221,7 +225,7 @@ def _takes(cls: type) -> _Takes:
                     required.append(name)
                 if depth == 0 and parameter.kind is not parameter.KEYWORD_ONLY:
                     positional.append(name)
-    return _Takes(tuple(positional), tuple(required), hints, defaults, tuple(known), anything, many)
+    return _Takes(tuple(positional), tuple(required), hints, defaults, tuple(known), anything, many, misplaced)
 
 
 def check_call(
@@ -262,10 +266,8 @@ def _named(
         if name in given:
             raise ArgumentError(f'{owner}: `{name}` must be given once, got {shown(given[name])} and {shown(value)}.')
         if name not in takes.known and not takes.anything:
-            raise ArgumentError(
-                f'{owner}: an argument must be one that it takes, got {name!r}. '
-                f'{suggest(name, takes.known) or "It takes none."}'
-            )
+            way_out = takes.misplaced.get(name) or suggest(name, takes.known) or 'It takes none.'
+            raise ArgumentError(f'{owner}: an argument must be one that it takes, got {name!r}. {way_out}')
         given[name] = value
     for name in takes.required:
         if name not in given and name not in filled:

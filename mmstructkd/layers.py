@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from mmcv.cnn import build_activation_layer, build_conv_layer, build_norm_layer
+import torch
+from mmcv.cnn import ConvModule
 
 from mmstructkd.errors import ConfigError, shown
 
@@ -22,8 +23,7 @@ def check_layers(
 ) -> None:
     """Raise :class:`ConfigError` unless each config builds a layer, as ``ConvModule`` would build it.
 
-    Norms and activations draw no random numbers; a convolution is made of one
-    channel and leaves the random stream behind by as many numbers.
+    The global random stream is left as it was.
 
     Args:
         owner: who takes the configs, for the message.
@@ -32,16 +32,13 @@ def check_layers(
         norm_cfg: config of a normalisation; likewise.
         act_cfg: config of an activation; likewise.
     """
-    builders: dict[str, tuple[Mapping[str, Any] | None, Callable[[dict[str, Any]], Any]]] = {
-        'conv_cfg': (conv_cfg, lambda config: build_conv_layer(config, 1, 1, 1)),
-        'norm_cfg': (norm_cfg, lambda config: build_norm_layer(config, channels)),
-        'act_cfg': (act_cfg, build_activation_layer),
-    }
-    for argument, (config, build) in builders.items():
+    for argument, config in (('conv_cfg', conv_cfg), ('norm_cfg', norm_cfg), ('act_cfg', act_cfg)):
         if config is None:
             continue
+        settings: dict[str, Any] = {'act_cfg': None, argument: dict(config)}
         try:
-            build(dict(config))
+            with torch.random.fork_rng(devices=[]):  # a convolution draws its weights
+                ConvModule(1, channels, 1, **settings)
         except Exception as err:  # whatever mmcv or torch trips over
             raise ConfigError(
                 f'{owner}: `{argument}` must be the config of a layer, got {shown(config)}. {type(err).__name__}: {err}'

@@ -96,6 +96,7 @@ def build_part(
     config: Any,
     *,
     example: str,
+    what: str | None = None,
     known: type = object,
     filled: Mapping[str, Any] | None = None,
     registry: Registry = MODELS,
@@ -107,6 +108,7 @@ def build_part(
         argument: its name.
         config: what was given for it.
         example: a config that would do, as one writes it.
+        what: what is registered, in a word; ``None``: the argument's name.
         known: the class whose registered subclasses are suggested for an unknown ``type``.
         filled: arguments that the owner fills in; the config's own come first.
         registry: where the type is looked up.
@@ -130,7 +132,7 @@ def build_part(
     if not callable(found):
         names = [name for name, cls in classes.items() if isinstance(cls, type) and issubclass(cls, known)]
         raise ConfigError(
-            f'{owner}: `{argument}` must name a registered {argument}, got {kind!r}. '
+            f'{owner}: `{argument}` must name a registered {what or argument}, got {kind!r}. '
             f'{suggest(str(kind).split(".")[-1], names)}'
         )
     try:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -141,7 +142,9 @@ def use_depth_loss(loss: nn.Module) -> None:
 
 def use_head(head: nn.Module) -> None:
     sample = SegDataSample(metainfo=dict(img_shape=(8, 8)))
-    sample.set_data({'gt_depth_map': PixelData(data=head.min_depth + (head.max_depth - head.min_depth) * torch.rand(1, 8, 8))})
+    sample.set_data(
+        {'gt_depth_map': PixelData(data=head.min_depth + (head.max_depth - head.min_depth) * torch.rand(1, 8, 8))}
+    )
     found = head.loss([torch.randn(1, 6, 8, 8)], [sample], None)
     assert all(value.isfinite() for value in found.values())
     repr(head)
@@ -163,6 +166,7 @@ def use_schedule(schedule: WeightSchedule) -> None:
 def use_teacher(teacher: TeacherSource) -> None:
     from mmstructkd.registry import MODELS
     from mmstructkd.taps import Tap
+
     student = MODELS.build(toy_segmentor(2))
     teacher.attach(student)
     batch = toy_batch(1)
@@ -210,7 +214,11 @@ def recipe(name: str) -> tuple[dict[str, Any], Callable[[Any], None]] | None:
         return {}, use_temperature
     if name in ALONE:
         return ALONE[name]
-    needed = [p for p in inspect.signature(cls).parameters.values() if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    needed = [
+        p
+        for p in inspect.signature(cls).parameters.values()
+        if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+    ]
     return None if needed else ({}, nothing)
 
 
@@ -234,6 +242,6 @@ def verdict(name: str, argument: str, value: Any) -> str:
 def refusal(name: str, argument: str, err: Exception) -> str:
     if not isinstance(err, (ConfigError, ShapeError)):
         return f'deep: {type(err).__name__}: {str(err)[:150]}'
-    if name not in str(err) or f'`{argument}' not in str(err):
+    if name not in str(err) or not re.search(rf'\b{argument}\b', str(err)):
         return f'unnamed: {str(err)[:150]}'
     return 'refused'

@@ -88,7 +88,9 @@ def check_input(owner: str, student: Tensor, in_channels: int, layout: str = '(B
         )
 
 
-def build_connector(owner: str, config: Any, in_channels: Sequence[int], out_channels: Sequence[int]) -> nn.Module:
+def build_connector(
+    owner: str, config: Any, in_channels: Sequence[int], out_channels: Sequence[int], argument: str = 'connector'
+) -> nn.Module:
     """Build one registered connector for widths that a probe found.
 
     Args:
@@ -97,6 +99,7 @@ def build_connector(owner: str, config: Any, in_channels: Sequence[int], out_cha
         in_channels: widths of the student, one a level. A connector that is not
             joint takes the first.
         out_channels: widths of the teacher, likewise.
+        argument: under which the config was given, for messages.
 
     Returns:
         The connector.
@@ -114,13 +117,14 @@ def build_connector(owner: str, config: Any, in_channels: Sequence[int], out_cha
     own = config.get('in_channels') if isinstance(config, Mapping) else None
     if own is not None and (list(own) if isinstance(own, (list, tuple)) else own) != widths['in_channels']:
         raise ConfigError(
-            f'{owner}: `in_channels` of the connector must be the width of the student, {widths["in_channels"]}, '
+            f'{owner}: `in_channels` of `{argument}` must be the width of the student, {widths["in_channels"]}, '
             f'got {shown(own)}. Leave it out: the probe fills it in.'
         )
     return build_part(
         owner,
-        'connector',
+        argument,
         config,
+        what='connector',
         example="dict(type='mmstructkd.ConvConnector')",
         known=Connector,
         filled=widths,

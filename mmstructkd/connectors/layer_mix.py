@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from mmstructkd.connectors.base import Connector, check_widths
+from mmstructkd.connectors.base import Connector, check_input, check_widths
 from mmstructkd.connectors.conv import ConvConnector
 from mmstructkd.errors import ConfigError, ShapeError, check_finite_number, check_ndim
 from mmstructkd.functional.precision import promote
@@ -89,6 +89,7 @@ class LayerMixConnector(Connector):
                 f'{owner}: `out_channels`: the layers of the teacher must share one width, got {list(out_channels)}. '
                 'Tap blocks of one stage; a projection of the teacher would let the target give way to the student.'
             )
+        self.in_channels = tuple(in_channels)
         self.shape = (len(in_channels), len(out_channels))
         self.entropy_floor = float(entropy_floor)
         self.projections = nn.ModuleList(
@@ -140,6 +141,8 @@ class LayerMixConnector(Connector):
                 f'{owner}: there must be {self.shape[0]} tensors of the student and {self.shape[1]} of the teacher, '
                 f'as `in_channels` and `out_channels` have widths, got {len(students)} and {len(teachers)}.'
             )
+        for student, width in zip(students, self.in_channels, strict=True):
+            check_input(owner, student, width)
         for teacher in teachers:
             check_ndim(owner, 'teachers', teacher, 4, '(B, C, H, W)')
         if len({tuple(t.shape) for t in teachers}) != 1:

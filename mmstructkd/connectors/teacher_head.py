@@ -90,6 +90,7 @@ class TeacherHeadConnector(Connector):
         super().__init__()
         owner = type(self).__name__
         check_width(owner, 'in_channels', in_channels)
+        check_width(owner, 'out_channels', out_channels)
         if head_channels is not None:
             check_width(owner, 'head_channels', head_channels)
         check_count(owner, 'kernel_size', kernel_size, maximum=MAX_KERNEL)
@@ -134,7 +135,13 @@ class TeacherHeadConnector(Connector):
             )
         head = modules[self.head]
         if self.projection is None:
-            width = self.head_channels or _expected_width(head)
+            expected = _expected_width(head)
+            if None not in (expected, self.head_channels) and expected != self.head_channels:
+                raise ConfigError(
+                    f'{owner}: `head_channels` must be the {expected} channels that {self.head!r} expects, '
+                    f'got {self.head_channels}. Leave it out.'
+                )
+            width = self.head_channels or expected
             if width is None:
                 raise ConfigError(
                     f'{owner}: `head_channels` must be given for {self.head!r}, got None: '

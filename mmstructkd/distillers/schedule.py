@@ -22,6 +22,8 @@ __all__ = ['WeightSchedule']
 
 #: Arguments that not every type reads.
 READ_BY = {'start_factor': ('linear', 'cosine'), 'milestones': ('step',), 'gamma': ('step',)}
+#: Iterations of any training.
+MAX_STEPS = 10**12
 KINDS = ('constant', 'linear', 'cosine', 'step', 'ramp_up')
 
 
@@ -65,11 +67,11 @@ class WeightSchedule:
     def __post_init__(self) -> None:
         owner = 'WeightSchedule'
         check_one_of(owner, 'type', self.type, KINDS)
-        check_count(owner, 'begin', self.begin, 0)
+        check_count(owner, 'begin', self.begin, 0, maximum=MAX_STEPS)
         for name in ('start_factor', 'end_factor', 'gamma'):
             check_finite_number(owner, name, getattr(self, name), minimum=0)
         check_flag(owner, 'by_epoch', self.by_epoch)
-        if self.end is not None and (not is_count(self.end) or self.end <= self.begin):
+        if self.end is not None and not (is_count(self.end) and self.begin < self.end <= MAX_STEPS):
             raise ConfigError(f'{owner}: `end` must lie after `begin`={self.begin}, got {shown(self.end)}.')
         if not isinstance(self.milestones, (list, tuple)):
             raise ConfigError(f'{owner}: `milestones` must be a list of integers, got {shown(self.milestones)}.')

@@ -6,7 +6,7 @@ import contextlib
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from mmstructkd.distillers.targets import (
     task_of,
 )
 from mmstructkd.distillers.teacher import TeacherSource
+from mmstructkd.distillers.term import KEYS as TERM_KEYS
 from mmstructkd.distillers.term import Term, parse_terms
 from mmstructkd.errors import CheckpointError, ConfigError, shown
 from mmstructkd.functional.sharing import sharing
@@ -40,6 +41,11 @@ __all__ = ['StructuredDistiller']
 # Strides up to 128 give maps of sizes of their own, and 3x6 at stride 32: deformable convolutions refuse 2x4.
 PROBE_SIZE = (96, 192)
 STUDENT = 'student.'
+STUDENT_KEYS = (
+    *('backbone', 'neck', 'decode_head', 'auxiliary_head', 'bbox_head', 'rpn_head', 'roi_head', 'mask_head'),
+    *('train_cfg', 'test_cfg', 'pretrained', 'init_cfg'),
+)
+TEACHER_KEYS = ('config', 'checkpoint', 'allow_random', 'trust_checkpoint', 'cache', 'prefix')
 RUNNER_HOOKS = ('TermScheduleHook', 'StudentCheckpointHook', 'FiniteLossHook', 'FiniteCheckpointHook')
 
 
@@ -116,6 +122,13 @@ class StructuredDistiller(BaseModel):
         ShapeError: a loss cannot take the tapped shapes.
         CheckpointError: the teacher's checkpoint does not fit.
     """
+
+    #: What configs give the distiller by mistake, and where it belongs.
+    misplaced_arguments: ClassVar[dict[str, str]] = {
+        **dict.fromkeys(STUDENT_KEYS, "It is the student's: begin `model` with _delete_=True, student=_base_.model."),
+        **dict.fromkeys(TERM_KEYS, 'It belongs into a term: terms=dict(<name>=dict(tap=..., loss=...)).'),
+        **dict.fromkeys(TEACHER_KEYS, "It is the teacher's: teacher=dict(config=..., checkpoint=...)."),
+    }
 
     def __init__(
         self,

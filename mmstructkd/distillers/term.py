@@ -39,6 +39,11 @@ from mmstructkd.taps import Regions, Tap, in_region_head, shows_regions
 __all__ = ['Level', 'Term', 'parse_terms']
 
 KEYS = ('tap', 'loss', 'connector', 'schedule', 'match', 'where')
+#: What configs give a term by mistake, and where it belongs.
+MISPLACED = {
+    **dict.fromkeys(('type', 'loss_weight', 'temperature', 'preset'), 'It belongs into `loss`.'),
+    **dict.fromkeys(('student', 'teacher'), 'Taps that differ go into tap=dict(student=..., teacher=...).'),
+}
 MATCHES = ('stride', 'order')
 
 #: How many steps may look whether the teacher's depth agrees with the ground truth.
@@ -710,7 +715,8 @@ def parse_terms(terms: Any) -> nn.ModuleDict:
             raise ConfigError(f'{owner}: the term must be a dict with the keys {KEYS}, got {config!r}.')
         for key in config:
             if key not in KEYS:
-                raise ConfigError(f'{owner}: a term must have only the keys {KEYS}, got {key!r}. {suggest(key, KEYS)}')
+                way_out = MISPLACED.get(key) or suggest(key, KEYS)
+                raise ConfigError(f'{owner}: a term must have only the keys {KEYS}, got {key!r}. {way_out}')
         for key in ('tap', 'loss'):
             if key not in config:
                 raise ConfigError(f'{owner}: `{key}` must be given, got keys {list(config)}.')

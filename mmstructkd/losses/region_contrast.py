@@ -31,6 +31,8 @@ from mmstructkd.structures import Targets
 
 __all__ = ['LipschitzCritic', 'RegionContrastLoss']
 
+#: Widths, instances and keys; more would fill the memory.
+MAX_KEYS = 2**16
 _MODES = ('nce', 'wasserstein')
 _REGIONS = ('classes', 'boxes', 'cells')
 _FIRST_ITERATIONS = 10
@@ -187,7 +189,7 @@ class RegionContrastLoss(SoftenedLoss):
             ('queue_size', queue_size, 0),
             ('queue_keys', queue_keys, 1),
         ):
-            check_count(owner, name, value, least)
+            check_count(owner, name, value, least, maximum=MAX_KEYS)
         self.queue_size = queue_size if mode == 'nce' and regions != 'cells' else 0
         if num_classes is None and (regions == 'classes' or self.queue_size):
             raise ConfigError(

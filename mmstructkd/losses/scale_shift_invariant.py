@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from mmstructkd.errors import check_positive
+from mmstructkd.errors import check_finite_number, check_positive
 from mmstructkd.functional.depth import scale_shift_invariant_loss
 from mmstructkd.losses.depth_base import DepthLoss
 from mmstructkd.registry import MODELS
 from mmstructkd.structures import Targets
 
 __all__ = ['ScaleShiftInvariantLoss']
+
+#: Its square must be a float32.
+MAX_EPS = 1e6
 
 
 @MODELS.register_module()
@@ -82,6 +85,7 @@ class ScaleShiftInvariantLoss(DepthLoss):
             blind_to_unit=True,
         )
         check_positive(type(self).__name__, 'eps', eps)
+        check_finite_number(type(self).__name__, 'eps', eps, maximum=MAX_EPS)
         self.robust = robust
         self.eps = float(eps)
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mmstructkd.errors import ConfigError, check_count, check_finite_number, check_one_of, check_positive
 from mmstructkd.functional.precision import full_precision, promote
 from mmstructkd.functional.reduce import masked_mean
+from mmstructkd.models.depth_losses import check_loss_name
 from mmstructkd.registry import MODELS
 
 #: More would fill the memory.
@@ -191,6 +192,7 @@ class DepthBinLoss(nn.Module):
         self.loss_weight = float(loss_weight)
         self.sharpness = sharpness
         self.reach = 0 if sharpness is None else int(min(math.sqrt(math.log(1e3) / sharpness), MAX_BINS))
+        check_loss_name(owner, loss_name)
         self._loss_name = loss_name
 
     @property

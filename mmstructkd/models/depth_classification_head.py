@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mmstructkd.errors import check_count, check_one_of
 from mmstructkd.models.depth_bins import MAX_BINS, BinsToDepth, check_range
-from mmstructkd.models.depth_head import DepthHead
+from mmstructkd.models.depth_head import DepthHead, check_named_loss
 from mmstructkd.registry import MODELS, build_part
 
 __all__ = ['DepthClassificationHead']
@@ -92,7 +92,7 @@ class DepthClassificationHead(DepthHead):
         )
         example = "dict(type='mmstructkd.DepthBinLoss')"
         settings = {'type': 'mmstructkd.DepthBinLoss', **(loss_bins or {})}
-        self.loss_bins = build_part(owner, 'loss_bins', settings, example=example)
+        self.loss_bins = check_named_loss(owner, 'loss_bins', build_part(owner, 'loss_bins', settings, example=example))
 
     def loss_by_scores(self, scores: Tensor, batch_data_samples: Sequence[Any]) -> dict[str, Tensor]:
         """Return the losses on the bins, and those on the depth map if there are any.

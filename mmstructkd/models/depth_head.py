@@ -18,7 +18,7 @@ from mmseg.models.utils import resize
 from mmseg.registry import MODELS as MMSEG_MODELS
 from torch import Tensor, nn
 
-from mmstructkd.errors import ConfigError, check_count, check_finite_number, check_flag, is_count
+from mmstructkd.errors import ConfigError, ShapeError, check_count, check_finite_number, check_flag, is_count
 from mmstructkd.functional.depth import depth_readings
 from mmstructkd.layers import check_layers
 from mmstructkd.registry import build_part
@@ -139,8 +139,25 @@ class DepthHead(BaseDecodeHead):
         Returns:
             Shape (B, K, h, w).
         """
+        self._check_inputs(inputs)
         features = self.convs(self._transform_inputs(inputs))
         return self.conv_depth(features if self.dropout is None else self.dropout(features))
+
+    def _check_inputs(self, inputs: Sequence[Tensor]) -> None:
+        """Refuse features that are not those of the config."""
+        several = isinstance(self.in_index, (list, tuple))
+        places = self.in_index if several else [self.in_index]
+        if not all(-len(inputs) <= place < len(inputs) for place in places):
+            raise ConfigError(
+                f'{type(self).__name__}: `in_index` must name some of the {len(inputs)} features of the backbone or '
+                f'neck, got {self.in_index}.'
+            )
+        widths = [inputs[place].shape[1] for place in places]
+        if sum(widths) != self.in_channels:
+            raise ShapeError(
+                f'{type(self).__name__}: `in_channels` must be the width of the features with the numbers '
+                f'{list(places)}, {widths}, got {self.in_channels} in all.'
+            )
 
     def forward(self, inputs: Sequence[Tensor]) -> Tensor:
         """Return the depth map.
@@ -246,9 +263,14 @@ def _build_loss(owner: str, config: Any) -> nn.Module:
     loss = build_part(
         owner, 'loss_decode', config, example="dict(type='mmstructkd.DepthL1Loss')", registry=MMSEG_MODELS
     )
-    if not hasattr(loss, 'loss_name'):
+    return check_named_loss(owner, 'loss_decode', loss)
+
+
+def check_named_loss(owner: str, argument: str, loss: Any) -> nn.Module:
+    """Return a loss, or raise :class:`ConfigError` unless it is one of mmseg's kind, which has a name."""
+    if not isinstance(loss, nn.Module) or not hasattr(loss, 'loss_name'):
         raise ConfigError(
-            f'{owner}: `loss_decode` must be a loss with a `loss_name`, got {type(loss).__name__}. '
+            f'{owner}: `{argument}` must be a loss with a `loss_name`, got {type(loss).__name__}. '
             'Distillation losses belong into a term.'
         )
     return loss
@@ -257,6 +279,8 @@ def _build_loss(owner: str, config: Any) -> nn.Module:
 def _input_transform(owner: str, in_channels: Any, in_index: Any, given: str | None) -> str | None:
     """Check how features are chosen; several are resized and concatenated."""
     several = isinstance(in_index, (list, tuple))
+    if not all(map(is_count, in_index if several else [in_index])):
+        raise ConfigError(f'{owner}: `in_index` must be an integer or a list of them, got {in_index!r}.')
     if given not in (None, 'resize_concat'):
         raise ConfigError(
             f"{owner}: `input_transform` must be None or 'resize_concat', got {given!r}. It follows from `in_index`."

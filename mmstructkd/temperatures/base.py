@@ -19,6 +19,9 @@ from mmstructkd.registry import MODELS, look_up
 
 __all__ = ['Progress', 'Softened', 'Temperature', 'build_temperature', 'check_temperature_range']
 
+#: Iterations of any training.
+MAX_STEPS = 10**12
+
 #: The range of temperatures, see :func:`check_temperature_range`.
 LOWEST, HIGHEST = 1e-3, 1e3
 
@@ -88,9 +91,9 @@ class Progress:
     """
 
     def __init__(self, owner: str, begin: int, end: int | None, *, share: float = 1.0) -> None:
-        check_count(owner, 'begin', begin, 0)
+        check_count(owner, 'begin', begin, 0, maximum=MAX_STEPS)
         if end is not None:
-            check_count(owner, 'end', end, 0)
+            check_count(owner, 'end', end, 0, maximum=MAX_STEPS)
             if end <= begin:
                 raise ConfigError(f'{owner}: `end` must lie after `begin`={begin}, got {end}.')
         self.begin, self.end, self.share = begin, end, share
