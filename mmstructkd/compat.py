@@ -8,6 +8,7 @@ run any number of times.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import os
@@ -15,7 +16,7 @@ import pickle
 import re
 import tempfile
 import urllib.error
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
@@ -37,18 +38,21 @@ from mmengine.fileio.file_client import HardDiskBackend
 from mmengine.hooks import CheckpointHook
 from mmengine.logging import HistoryBuffer
 from mmengine.model import is_model_wrapper
+from mmengine.registry import WEIGHT_INITIALIZERS
 from mmengine.runner import Runner
 from torch import nn
 
 from mmstructkd.errors import CheckpointError, ConfigError, suggest
 
 __all__ = [
+    'alone',
     'install',
     'local_checkpoint',
     'pad_value',
     'prepare_cpu_distributed',
     'read_checkpoint',
     'swaps_channels',
+    'without_pretrained',
 ]
 
 # Marks a function that stands in front of one of mmengine's, so that no second one is put before it.
@@ -575,3 +579,60 @@ def prepare_cpu_distributed(cfg: Config, launcher: str) -> None:
         }
     wrapper.setdefault('device_ids', None)
     cfg.model_wrapper_cfg = wrapper
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Let the code of networks believe that there is one process only.
+
+    A probe runs on the CPU, where NCCL can reduce nothing: the losses of mmdet
+    average their denominators over the processes, and synchronised BatchNorm
+    its statistics. All ask ``torch.distributed.is_initialized``. Every process
+    probes the same, so that none waits for another meanwhile.
+
+    Yields:
+        Nothing.
+    """
+    asked = torch.distributed.is_initialized
+    torch.distributed.is_initialized = lambda: False
+    try:
+        yield
+    finally:
+        torch.distributed.is_initialized = asked
+
+
+@contextlib.contextmanager
+def without_pretrained() -> Iterator[None]:
+    """Build and initialise networks without reading any weights.
+
+    A config can be cleared of what names weights; modules that name them in
+    their code cannot. mmengine's ``Pretrained`` initialisers do nothing here,
+    and whatever else would read a checkpoint is an error that names it.
+
+    Yields:
+        Nothing.
+    """
+    loader = mmengine.runner.checkpoint.CheckpointLoader
+    kept = {kind: kind.__call__ for name, kind in WEIGHT_INITIALIZERS.module_dict.items() if name.startswith('Pretr')}
+    read = loader.__dict__['load_checkpoint']
+    fetch = torch.hub.load_state_dict_from_url
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        named = next((value for value in (*args, *kwargs.values()) if isinstance(value, (str, os.PathLike))), '?')
+        raise ConfigError(
+            f'without_pretrained: a network must be built without reading weights, got one that asks for '
+            f'{os.fspath(named)!r} in its code. Give it these weights (leave --random-init out), or set the argument '
+            'that names them to None in its config.'
+        )
+
+    try:
+        for kind in kept:
+            kind.__call__ = lambda self, module: None
+        loader.load_checkpoint = staticmethod(refuse)
+        torch.hub.load_state_dict_from_url = refuse
+        yield
+    finally:
+        for kind, call in kept.items():
+            kind.__call__ = call
+        loader.load_checkpoint = read
+        torch.hub.load_state_dict_from_url = fetch
