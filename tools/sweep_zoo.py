@@ -45,7 +45,7 @@ WEIGHTS = (
     (r'r50|r2-50|s50|swin-s|[-_](s|small)[-_]|d53|dla34', 20),
     (r'r18|r34|mobilenet|[-_](t|tiny|nano|n)[-_]|w18|b0[-_]|400mf|regnetx-400|hr18', 5),
 )
-EXTRAS = (r'ms|mstrain', r'lsj', r'amp', r'dconv|dcn|mdconv', r'iter', r'caffe', r'semi', r'tta', r'cityscapes|lvis|voc')
+EXTRAS = ('ms|mstrain', 'lsj', 'amp', 'dconv|dcn|mdconv', 'iter', 'caffe', 'semi', 'tta', 'cityscapes|lvis|voc')
 
 
 # --- which configs -------------------------------------------------------------------------------------------
@@ -360,7 +360,7 @@ def run_apart(
         resource.setrlimit(resource.RLIMIT_DATA, (most, most))
 
     begin = time.monotonic()
-    with tempfile.TemporaryFile('w+') as out, tempfile.TemporaryFile('w+') as errors, tempfile.TemporaryDirectory() as at:
+    with tempfile.TemporaryDirectory() as at, Path(at, 'out').open('w+') as out, Path(at, 'err').open('w+') as errors:
         process = subprocess.Popen(
             command, stdout=out, stderr=errors, env=_environment(), preexec_fn=limit, start_new_session=True, cwd=at
         )

@@ -113,7 +113,7 @@ def _steps(value: Any) -> Iterator[Mapping[str, Any]]:
 def _training_steps(cfg: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """The steps of the train pipeline, those of wrapped datasets first."""
     dataset = (cfg.get('train_dataloader') or {}).get('dataset') or {}
-    inner = [step for step in _steps(dataset.get('dataset') or dataset.get('datasets') or ())]
+    inner = list(_steps(dataset.get('dataset') or dataset.get('datasets') or ()))
     return [*inner, *_steps(dataset.get('pipeline') or ())]
 
 
@@ -226,7 +226,8 @@ def training_info(cfg: Mapping[str, Any] | None = None) -> Iterator[None]:
         Nothing.
     """
     train = {} if cfg is None else cfg.get('train_cfg') or {}
-    known = {'iter': 0, 'epoch': 0, 'max_iters': train.get('max_iters') or 1, 'max_epochs': train.get('max_epochs') or 1}
+    lengths = {name: train.get(name) or 1 for name in ('max_iters', 'max_epochs')}
+    known = {'iter': 0, 'epoch': 0, **lengths}
     hub = MessageHub.get_current_instance()
     added = [name for name in known if name not in hub.runtime_info]
     for name in added:

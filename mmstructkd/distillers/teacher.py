@@ -18,7 +18,16 @@ from mmstructkd.distillers.normalization import InputConversion
 from mmstructkd.distillers.teacher_cache import TeacherCache, hash_of, preprocessing, weights_hash
 from mmstructkd.errors import ConfigError, TapError
 from mmstructkd.registry import MODELS
-from mmstructkd.taps import Capture, Regions, Tap, in_region_head, probe_regions, tapped_forward
+from mmstructkd.taps import (
+    Capture,
+    Regions,
+    Tap,
+    find_route,
+    in_features,
+    in_point_head,
+    in_region_head,
+    probe_regions,
+)
 
 __all__ = ['FrozenTeacher', 'TeacherSource']
 
@@ -170,6 +179,7 @@ class FrozenTeacher(TeacherSource):
         self._convert: InputConversion | None = None
         self._calls: dict[Tap, int] = {}
         self._clone: set[Tap] = set()
+        self._route = 'tensor'
 
     def __deepcopy__(self, memo: dict) -> FrozenTeacher:
         twin = copy.copy(self)
@@ -197,24 +207,42 @@ class FrozenTeacher(TeacherSource):
         """A batch of the student in the teacher's normalisation."""
         return inputs if self._convert is None else self._convert(inputs, data_samples)
 
-    def probe(self, inputs: Tensor, data_samples: Sequence[Any] | None, taps: Iterable[Tap]) -> Capture:
-        """Run a full forward; remember how often each tap is passed and what is changed in place.
+    def probe(
+        self,
+        inputs: Tensor,
+        data_samples: Sequence[Any] | None,
+        taps: Iterable[Tap],
+        *,
+        regions: Regions | None = None,
+    ) -> Capture:
+        """Find a way to run the network that passes every tap; remember how often, and what is changed in place.
 
         Args:
             inputs: a small batch in the student's normalisation.
             data_samples: one per image, or ``None``.
             taps: every tap that will be asked for.
+            regions: what RoI and point heads look at; ``None``: some boxes.
 
         Returns:
             The capture with all records.
+
+        Raises:
+            ForwardFailed: the network cannot be run on such a batch.
         """
         taps = tuple(taps)
-        regions = probe_regions(len(inputs), tuple(inputs.shape[-2:]))
+        if regions is None:
+            regions = probe_regions(len(inputs), tuple(inputs.shape[-2:]))
         inputs = self._converted(inputs, data_samples)
+        routes = self._routes(taps)
+        if data_samples is None:
+            routes = [route for route in routes if route != 'loss'] or routes
 
         def forward(images: Tensor, clone: Iterable[Tap] = ()) -> Capture:
             with torch.no_grad():
-                return tapped_forward(self.network, images, data_samples, taps, clone=clone, regions=regions)
+                capture, self._route = find_route(
+                    self.network, images, data_samples, taps, routes, clone=clone, regions=regions
+                )
+            return capture
 
         if self.fuse_conv_bn:
             noise = torch.randn(inputs.shape, generator=torch.Generator().manual_seed(0)).to(inputs)
@@ -229,8 +257,20 @@ class FrozenTeacher(TeacherSource):
                     f'FrozenTeacher: `cache` must be left out where a RoI head is tapped, got {inside[0]!r}: what it '
                     'shows depends on the regions that the student chooses in each step.'
                 )
+            drawing = [str(tap) for tap in taps if in_point_head(self.network, tap)]
+            if drawing:
+                raise ConfigError(
+                    f'FrozenTeacher: `cache` must be left out where a point head is tapped, got {drawing[0]!r}: what '
+                    'it shows depends on the points that the student draws in each step.'
+                )
             self.cache.check_probe(capture.records)
         return capture
+
+    def _routes(self, taps: Sequence[Tap]) -> list[str]:
+        """Ways to run the network that may pass the taps, the cheapest first."""
+        if any(in_point_head(self.network, tap) for tap in taps):
+            return ['loss']  # inference looks at other points
+        return ['features', 'loss'] if all(map(in_features, taps)) else ['tensor', 'predict', 'loss']
 
     def _fold(self, forward: Callable[[], dict[Tap, list[Tensor]]], taps: Iterable[Tap]) -> None:
         """Fold what no tap names, once; later taps must leave what is folded alone."""
@@ -281,7 +321,14 @@ class FrozenTeacher(TeacherSource):
             with torch.no_grad():
                 images = self._converted(images, samples)
             return self._execution.run(
-                self.network, images, samples, taps, calls=self._calls, clone=self._clone, regions=regions
+                self.network,
+                images,
+                samples,
+                taps,
+                calls=self._calls,
+                clone=self._clone,
+                regions=regions,
+                route=self._route,
             )
 
         if self.cache is None:
