@@ -25,6 +25,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections import Counter
@@ -66,16 +67,16 @@ def weight_of(name: str) -> tuple[int, int, str]:
     return (weight + 2 * sum(bool(re.search(extra, name)) for extra in EXTRAS), len(name), name)
 
 
-def choose(scope: str, each: int, folders: Sequence[str] = ()) -> list[str]:
+def choose(scope: str, most: int, folders: Sequence[str] = ()) -> list[list[str]]:
     """The lightest configs of each folder that train a model, as ``scope::folder/name.py``.
 
     Args:
         scope: ``'mmseg'`` or ``'mmdet'``.
-        each: how many of a folder.
+        most: how many of a folder.
         folders: only these; empty: all.
 
     Returns:
-        The configs, folder by folder.
+        The configs of each folder, the lightest first.
     """
     root = config_root(scope)
     chosen = []
@@ -84,11 +85,11 @@ def choose(scope: str, each: int, folders: Sequence[str] = ()) -> list[str]:
             continue
         found = []
         for path in sorted(folder.glob('*.py'), key=lambda path: weight_of(path.stem)):
-            if len(found) == each:
+            if len(found) == most:
                 break
             if _trains_a_model(path):
                 found.append(f'{scope}::{folder.name}/{path.name}')
-        chosen += found or [f'{scope}::{folder.name}/']
+        chosen.append(found or [f'{scope}::{folder.name}/'])
     return chosen
 
 
@@ -198,7 +199,10 @@ def _plain(cfg: Any, report: dict[str, Any]) -> tuple[int, int]:
 
     begin = time.monotonic()
     network: BaseModel = MODELS.build(cfg.model)
-    network.init_weights()
+    try:
+        network.init_weights()
+    except AttributeError as err:  # some initialisers exist only where there are weights to read
+        report['init'] = first_line(err)
     network.train()
     report['model'] = type(network).__name__
     report['parameters'] = sum(parameter.numel() for parameter in network.parameters())
@@ -255,7 +259,8 @@ def _distilled(cfg: Any, size: tuple[int, int], report: dict[str, Any], taps: Se
         try:
             with without_pretrained():
                 distiller = MODELS.build(config)
-                distiller.init_weights()
+                if 'init' not in report:
+                    distiller.init_weights()
             distiller.train()
             report['distiller_build_s'] = round(time.monotonic() - begin, 1)
             batch = synthetic_batch(distiller, size, BATCH, needs=needs_of(distiller.student, cfg))
@@ -475,7 +480,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument('configs', nargs='*', help="paths, or 'mmseg::folder/name.py'")
     parser.add_argument('--scope', choices=SCOPES, nargs='*', default=None, help='whole zoos, the lightest of a folder')
     parser.add_argument('--folders', nargs='*', default=(), help='only these folders of the zoos')
-    parser.add_argument('--each', type=int, default=1, help='configs of a folder')
+    parser.add_argument('--each', type=int, default=1, help='configs of a folder that train')
+    parser.add_argument('--tries', type=int, default=3, help='configs to try for one that trains')
     parser.add_argument('--taps', nargs='*', default=(), help='taps of the term instead of those of the kind')
     parser.add_argument('--plain-only', action='store_true', help='only see which networks train at all')
     parser.add_argument('--results', type=Path, default=Path('work_dirs/zoo/results.json'), help='where results go')
@@ -487,8 +493,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--list', action='store_true', help='only print the configs')
     parser.add_argument('--one', help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    if min(args.each, args.jobs) < 1 or min(args.seconds, args.memory) <= 0:
-        parser.error('--each, --jobs, --seconds and --memory must be above 0')
+    if min(args.each, args.tries, args.jobs) < 1 or min(args.seconds, args.memory) <= 0:
+        parser.error('--each, --tries, --jobs, --seconds and --memory must be above 0')
     return args
 
 
@@ -506,28 +512,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         report = run_one(args.one, args.taps, args.plain_only)
         print(RESULT + json.dumps(report), flush=True)
         return 0
-    references = list(args.configs)
-    for scope in args.scope if args.scope is not None else (() if references else SCOPES):
-        references += choose(scope, args.each, args.folders)
-    references.sort(key=lambda reference: weight_of(Path(reference).stem))
+    groups = [[config] for config in args.configs]
+    for scope in args.scope if args.scope is not None else (() if groups else SCOPES):
+        groups += choose(scope, args.each * args.tries, args.folders)
+    groups.sort(key=lambda group: weight_of(Path(group[0]).stem))
     if args.list:
-        print('\n'.join(references))
+        print('\n'.join(' '.join(group) for group in groups))
         return 0
-    done = read_results(args.results)
-    todo = left(references, done, args.rerun)
-    print(f'{len(references)} configs, {len(todo)} to run', flush=True)
+    done, lock = read_results(args.results), threading.Lock()
+    repeat = set(left(list(done), done, args.rerun))
+
+    def sweep(group: Sequence[str]) -> None:
+        """Run configs of a group until enough of them train."""
+        trained = 0
+        for reference in group:
+            if trained == args.each:
+                break
+            if reference not in done or reference in repeat:
+                report = run_apart(reference, args.taps, args.seconds, args.memory, plain_only=args.plain_only)
+                with lock:
+                    done[reference] = report
+                    write_results(args.results, done)
+                    print(f'{reference}: {outcome(report)} [{report["seconds"]} s]', flush=True)
+            trained += done[reference].get('plain') == 'ok'
+
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
-        futures = {
-            pool.submit(
-                run_apart, reference, args.taps, args.seconds, args.memory, plain_only=args.plain_only
-            ): reference
-            for reference in todo
-        }
-        for future in concurrent.futures.as_completed(futures):
-            report = future.result()
-            done[futures[future]] = report
-            write_results(args.results, done)
-            print(f'{futures[future]}: {outcome(report)} [{report["seconds"]} s]', flush=True)
+        list(pool.map(sweep, groups))
     for scope, total, plain, distilled in summary(done):
         print(f'{scope}: {total} configs, {plain} train plainly, {distilled} of them distil')
     if args.table:

@@ -271,9 +271,11 @@ def synthetic_batch(
     classes = getattr(head_of(network), 'num_classes', None) or 2
     make = _detection_sample if task_of(network) == 'det' else _segmentation_sample
     meta = {'img_shape': size, 'ori_shape': size, 'pad_shape': size, 'scale_factor': (1.0, 1.0), 'flip': False}
+    mean = getattr(model.data_preprocessor, 'mean', None)
+    channels = max(3, 0 if mean is None else mean.numel())
     data = {
         'inputs': [
-            torch.randint(0, 256, (3, *size), generator=generator, dtype=torch.uint8) for _ in range(batch_size)
+            torch.randint(0, 256, (channels, *size), generator=generator, dtype=torch.uint8) for _ in range(batch_size)
         ],
         'data_samples': [make(size, classes, meta, generator, needs) for _ in range(batch_size)],
     }
