@@ -14,6 +14,7 @@ import hashlib
 import os
 import pickle
 import re
+import sys
 import tempfile
 import urllib.error
 from collections.abc import Callable, Iterator
@@ -607,7 +608,9 @@ def without_pretrained() -> Iterator[None]:
 
     A config can be cleared of what names weights; modules that name them in
     their code cannot. mmengine's ``Pretrained`` initialisers do nothing here,
-    and whatever else would read a checkpoint is an error that names it.
+    and whatever else would read a checkpoint is an error that names it. What
+    Hugging Face's packages load (text encoders, their tokenisers) must lie in
+    their cache already.
 
     Yields:
         Nothing.
@@ -616,6 +619,9 @@ def without_pretrained() -> Iterator[None]:
     kept = {kind: kind.__call__ for name, kind in WEIGHT_INITIALIZERS.module_dict.items() if name.startswith('Pretr')}
     read = loader.__dict__['load_checkpoint']
     fetch = torch.hub.load_state_dict_from_url
+    hub = sys.modules.get('huggingface_hub.constants')  # read from the environment once, when it is imported
+    offline = {name: os.environ.get(name) for name in ('HF_HUB_OFFLINE', 'TRANSFORMERS_OFFLINE')}
+    was_offline = getattr(hub, 'HF_HUB_OFFLINE', None)
 
     def refuse(*args: Any, **kwargs: Any) -> None:
         named = next((value for value in (*args, *kwargs.values()) if isinstance(value, (str, os.PathLike))), '?')
@@ -630,8 +636,15 @@ def without_pretrained() -> Iterator[None]:
             kind.__call__ = lambda self, module: None
         loader.load_checkpoint = staticmethod(refuse)
         torch.hub.load_state_dict_from_url = refuse
+        os.environ.update(dict.fromkeys(offline, '1'))
+        if hub is not None:
+            hub.HF_HUB_OFFLINE = True
         yield
     finally:
+        if hub is not None:
+            hub.HF_HUB_OFFLINE = was_offline
+        for name, value in offline.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
         for kind, call in kept.items():
             kind.__call__ = call
         loader.load_checkpoint = read

@@ -59,7 +59,8 @@ def real_batch(cfg: Config, model: BaseModel, *, batch_size: int | None = None) 
         raise ConfigError(
             f'{OWNER}: `train_dataloader` must give a batch, got {reason}. Put the data there, or pass --synthetic.'
         ) from err
-    return model.data_preprocessor(batch, True)
+    with training_info(cfg):
+        return model.data_preprocessor(batch, True)
 
 
 # --- how large training's images are -------------------------------------------------------------------------

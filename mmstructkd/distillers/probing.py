@@ -23,6 +23,7 @@ from mmstructkd.errors import ConfigError, TapError
 from mmstructkd.taps import (
     Capture,
     ForwardFailed,
+    RegionRecorder,
     Regions,
     Tap,
     find_route,
@@ -61,18 +62,20 @@ class Probe:
         samples: with the labels that a batch of its task has.
         capture: its records.
         regions: what RoI and point heads looked at.
+        chosen: whether the student has chosen them.
     """
 
     inputs: Tensor
     samples: list[Any]
     capture: Capture
     regions: Regions
+    chosen: bool
 
     def to(self, device: str) -> Probe:
         """The same on another device."""
         parts = {part.name: getattr(self.regions, part.name) for part in dataclasses.fields(self.regions)}
         moved = type(self.regions)(**{name: [tensor.to(device) for tensor in part] for name, part in parts.items()})
-        return Probe(self.inputs.to(device), self.samples, on_device(self.capture, device), moved)
+        return Probe(self.inputs.to(device), self.samples, on_device(self.capture, device), moved, self.chosen)
 
 
 def on_device(capture: Capture, device: str) -> Capture:
@@ -230,10 +233,11 @@ def probe_student(
         regions = type(regions)(
             boxes=[boxes.to(device) for boxes in regions.boxes], masks=[boxes.to(device) for boxes in regions.masks]
         )
-        with recorded_points(twin) as points:
+        chosen = False
+        with recorded_points(twin) as points, RegionRecorder(twin) as recorder:
             try:
                 with _graph_only():
-                    capture, _ = find_route(twin, inputs, samples, taps, _routes(twin, taps), regions=regions)
+                    capture, route = find_route(twin, inputs, samples, taps, _routes(twin, taps), regions=regions)
             except ForwardFailed as err:
                 capture = _in_eval(twin, inputs, samples, taps, regions)
                 if capture is None:
@@ -244,14 +248,17 @@ def probe_student(
                     'current',
                     level=30,
                 )
+            else:
+                chosen = route == 'loss' and any(map(in_region_head, taps))
+                regions = recorder.regions if chosen else regions
             if any(in_point_head(twin, tap) for tap in taps):
-                regions = with_points(regions, list(points))
+                regions, chosen = with_points(regions, list(points)), True
         missed = [tap for tap, passes in capture.passes.items() if not passes]
         if missed:
             _refuse_missed(twin, inputs, samples, missed, regions, owners or {})
     for tap, tensors in capture.records.items():
         capture.records[tap] = [tensor.detach() for tensor in tensors]
-    return Probe(inputs, samples, capture, regions)
+    return Probe(inputs, samples, capture, regions, chosen)
 
 
 def _in_eval(

@@ -214,7 +214,6 @@ class StructuredDistiller(BaseModel):
         """Probe both networks at the first size at which both run."""
         owners = {tap: f'term {term.name!r}' for term in self.terms.values() for tap in term.student_taps}
         teacher_taps = [tap for term in self.terms.values() for tap in term.teacher_taps]
-        chosen = any(term.on_points for term in self.terms.values())
         failure: tuple[str, ForwardFailed] | None = None
         for device in probe_devices(self.student):
             with self._moved(device):
@@ -223,7 +222,7 @@ class StructuredDistiller(BaseModel):
                     try:
                         seen = probe_student(self.student, list(owners), size, owners)
                         role = 'teacher'
-                        more = {'regions': seen.regions} if chosen else {}
+                        more = {'regions': seen.regions} if seen.chosen else {}
                         observed = self._teacher.probe(seen.inputs, seen.samples, teacher_taps, **more)
                     except ForwardFailed as err:
                         failure = (role, err)
