@@ -9,6 +9,7 @@ run any number of times.
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import functools
 import hashlib
 import os
@@ -47,6 +48,8 @@ from mmstructkd.errors import CheckpointError, ConfigError, suggest
 
 __all__ = [
     'alone',
+    'config_at_hand',
+    'current_config',
     'install',
     'local_checkpoint',
     'pad_value',
@@ -67,6 +70,7 @@ def install() -> None:
     save_atomically()
     remove_after_saving()
     let_models_prepare_runner()
+    let_models_see_config()
     let_cpu_ops_take_bf16()
 
 
@@ -500,6 +504,50 @@ def let_models_prepare_runner() -> None:
 
     setattr(register_hooks, _MARK, original)
     Runner.register_hooks = register_hooks
+
+
+_CONFIG: contextvars.ContextVar[Any] = contextvars.ContextVar('config', default=None)
+
+
+def current_config() -> Any:
+    """Return the config of the run whose model is built now; ``None`` outside of that."""
+    return _CONFIG.get()
+
+
+@contextlib.contextmanager
+def config_at_hand(cfg: Any) -> Iterator[None]:
+    """Let a model that is built meanwhile see the whole config.
+
+    Args:
+        cfg: the config.
+
+    Yields:
+        Nothing.
+    """
+    token = _CONFIG.set(cfg)
+    try:
+        yield
+    finally:
+        _CONFIG.reset(token)
+
+
+def let_models_see_config() -> None:
+    """Hold the config ready while a runner builds its model.
+
+    mmengine builds a model from its own part of the config. A distiller tries
+    its networks at the size that the train pipeline makes, which stands beside.
+    """
+    original = Runner.build_model
+    if hasattr(original, _MARK):
+        return
+
+    @functools.wraps(original)
+    def build_model(self: Runner, *args: Any, **kwargs: Any) -> Any:
+        with config_at_hand(self.cfg):
+            return original(self, *args, **kwargs)
+
+    setattr(build_model, _MARK, original)
+    Runner.build_model = build_model
 
 
 def let_cpu_ops_take_bf16() -> None:

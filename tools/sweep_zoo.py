@@ -342,7 +342,7 @@ def _environment() -> dict[str, str]:
 
 
 def run_apart(
-    reference: str, taps: Sequence[str], seconds: float, memory_gb: float, plain_only: bool = False
+    reference: str, taps: Sequence[str], seconds: float, memory_gb: float, *, plain_only: bool = False, nice: int = 10
 ) -> dict[str, Any]:
     """Try one config in a process of its own.
 
@@ -352,6 +352,7 @@ def run_apart(
         seconds: time limit.
         memory_gb: limit of the memory it may ask for.
         plain_only: leave the distilled step out.
+        nice: priority, 0 (as any) to 19 (only what nobody else wants).
 
     Returns:
         The report.
@@ -360,7 +361,7 @@ def run_apart(
     command += ['--plain-only'] if plain_only else []
 
     def limit() -> None:
-        os.nice(10)
+        os.setpriority(os.PRIO_PROCESS, 0, nice)
         most = int(memory_gb * 2**30)
         resource.setrlimit(resource.RLIMIT_DATA, (most, most))
 
@@ -489,6 +490,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--jobs', type=int, default=1, help='configs at the same time')
     parser.add_argument('--seconds', type=float, default=600, help='time limit of a config')
     parser.add_argument('--memory', type=float, default=12, help='memory limit of a config in GB')
+    parser.add_argument('--nice', type=int, default=10, help='priority of the processes, 0 to 19 (lowest)')
     parser.add_argument('--table', type=Path, help='also write the results as Markdown')
     parser.add_argument('--list', action='store_true', help='only print the configs')
     parser.add_argument('--one', help=argparse.SUPPRESS)
@@ -529,7 +531,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if trained == args.each:
                 break
             if reference not in done or reference in repeat:
-                report = run_apart(reference, args.taps, args.seconds, args.memory, plain_only=args.plain_only)
+                options = {'plain_only': args.plain_only, 'nice': args.nice}
+                report = run_apart(reference, args.taps, args.seconds, args.memory, **options)
                 with lock:
                     done[reference] = report
                     write_results(args.results, done)

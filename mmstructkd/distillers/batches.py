@@ -22,7 +22,16 @@ from torch import Tensor, nn
 from mmstructkd.distillers.targets import head_of, task_of
 from mmstructkd.errors import ConfigError
 
-__all__ = ['Needs', 'fixed_size', 'input_size', 'needs_of', 'real_batch', 'synthetic_batch', 'training_info']
+__all__ = [
+    'Needs',
+    'fixed_size',
+    'input_size',
+    'needs_of',
+    'pipeline_size',
+    'real_batch',
+    'synthetic_batch',
+    'training_info',
+]
 
 OWNER = 'Preflight'
 DEFAULT_SIZE = (512, 512)
@@ -113,13 +122,24 @@ def _steps(value: Any) -> Iterator[Mapping[str, Any]]:
 
 def _training_steps(cfg: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """The steps of the train pipeline, those of wrapped datasets first."""
-    dataset = (cfg.get('train_dataloader') or {}).get('dataset') or {}
+    loader = cfg.get('train_dataloader')
+    dataset = loader.get('dataset') if isinstance(loader, Mapping) else None
+    if not isinstance(dataset, Mapping):
+        return []  # none, or one that is built already
     inner = list(_steps(dataset.get('dataset') or dataset.get('datasets') or ()))
     return [*inner, *_steps(dataset.get('pipeline') or ())]
 
 
-def _pipeline_size(cfg: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Size that the last step of the train pipeline leaves which makes one."""
+def pipeline_size(cfg: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Size that a train pipeline makes.
+
+    Args:
+        cfg: the config.
+
+    Returns:
+        (H, W) after the last step that resizes, crops or pads to a size; ``None``
+        where none does.
+    """
     size = None
     for step in _training_steps(cfg):
         kind = str(step['type']).rsplit('.', 1)[-1]
@@ -154,7 +174,7 @@ def input_size(cfg: Config, model: BaseModel) -> tuple[int, int]:
     """
     network = getattr(model, 'student', model)
     made = _pair(getattr(model.data_preprocessor, 'size', None))
-    size = made or _pair(cfg.get('crop_size')) or _pipeline_size(cfg) or fixed_size(network)
+    size = made or _pair(cfg.get('crop_size')) or pipeline_size(cfg) or fixed_size(network)
     return size or DEFAULT_SIZE
 
 

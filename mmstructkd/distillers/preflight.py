@@ -240,7 +240,8 @@ def build_distiller(cfg: Config, *, random_init: bool = False) -> StructuredDist
     set_random_seed((cfg.get('randomness') or {}).get('seed') or 0)
     with compat.without_pretrained() if random_init else contextlib.nullcontext():
         try:
-            distiller = MODELS.build(model)
+            with compat.config_at_hand(cfg):
+                distiller = MODELS.build(model)
         except OSError as err:
             if not random_init:
                 raise

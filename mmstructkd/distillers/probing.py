@@ -17,7 +17,8 @@ import torch
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
-from mmstructkd.distillers.batches import fixed_size, synthetic_batch
+from mmstructkd.compat import current_config
+from mmstructkd.distillers.batches import fixed_size, needs_of, pipeline_size, synthetic_batch
 from mmstructkd.distillers.targets import probe_samples
 from mmstructkd.errors import ConfigError, TapError
 from mmstructkd.taps import (
@@ -132,8 +133,9 @@ def check_probe_size(size: Any) -> tuple[int, int] | None:
 def probe_sizes(networks: Sequence[nn.Module | None]) -> list[tuple[int, int]]:
     """Sizes to probe at, the cheapest first.
 
-    What the networks say they are made for, first shrunk to at most 256x512
-    pixels; where they say nothing, 96x192 and then what detectors are fed.
+    What the networks say they are made for, and what the train pipeline makes
+    where a run builds them, first shrunk to at most 256x512 pixels; where there
+    is neither, 96x192 and then what detectors are fed.
 
     Args:
         networks: the student, then the teacher; ``None``: there is none.
@@ -141,7 +143,10 @@ def probe_sizes(networks: Sequence[nn.Module | None]) -> list[tuple[int, int]]:
     Returns:
         Pairs (H, W), each once.
     """
-    made = [size for size in (fixed_size(network) for network in networks if network is not None) if size is not None]
+    cfg = current_config()
+    asked = [fixed_size(network) for network in networks if network is not None]
+    asked.insert(1, None if cfg is None else pipeline_size(cfg))
+    made = [size for size in asked if size is not None]
     sizes: list[tuple[int, int]] = []
     for height, width in made:
         if height * width > CHEAP:
@@ -189,7 +194,7 @@ def _batch(twin: nn.Module, size: tuple[int, int], device: torch.device) -> tupl
     if getattr(preprocessor, 'size', None) is not None:
         preprocessor.size = size
     try:
-        batch = synthetic_batch(twin, size, 1)
+        batch = synthetic_batch(twin, size, 1, needs=needs_of(twin, current_config()))
         inputs, samples = batch['inputs'], batch['data_samples']
         if isinstance(inputs, Tensor) and inputs.dim() == 4:
             return inputs.to(device), samples
