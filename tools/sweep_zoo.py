@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import copy
 import importlib.util
 import json
 import os
@@ -179,8 +180,6 @@ def _step(model: Any, batch: Mapping[str, Any], cfg: Any) -> dict[str, float]:
 
 def _sized(cfg: Any, size: tuple[int, int]) -> Any:
     """The model's config with its images at a size."""
-    import copy
-
     model = copy.deepcopy(cfg.model)
     for holder in (model, model.get('student', {})):
         preprocessor = holder.get('data_preprocessor')
@@ -198,7 +197,7 @@ def _plain(cfg: Any, report: dict[str, Any]) -> tuple[int, int]:
     from mmstructkd.distillers.targets import task_of
 
     begin = time.monotonic()
-    network: BaseModel = MODELS.build(cfg.model)
+    network: BaseModel = MODELS.build(copy.deepcopy(cfg.model))
     try:
         network.init_weights()
     except AttributeError as err:  # some initialisers exist only where there are weights to read
@@ -242,7 +241,7 @@ def _distilled(cfg: Any, size: tuple[int, int], report: dict[str, Any], taps: Se
     from mmstructkd.errors import TapError
 
     model = _sized(cfg, size)
-    network = MODELS.build(model)
+    network = MODELS.build(copy.deepcopy(model))
     candidates = taps_of(network)
     if taps:
         candidates = [{'tap': tap, 'loss': {'type': 'mmstructkd.PairwiseAffinityLoss', 'max_side': 16}} for tap in taps]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -129,7 +130,7 @@ class StructuredDistiller(BaseModel):
     ) -> None:
         probe_size = check_probe_size(probe_size)
         if isinstance(student, dict):
-            student = ConfigDict(student) if not isinstance(student, ConfigDict) else student.copy()
+            student = ConfigDict(copy.deepcopy(student))  # some heads write into their config
             if data_preprocessor is not None:
                 student.setdefault('data_preprocessor', data_preprocessor)
             student = MODELS.build(student)
