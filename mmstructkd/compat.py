@@ -10,11 +10,14 @@ writes as safely. All of it may run any number of times.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
 import os
+import sys
 import tempfile
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -33,13 +36,24 @@ from mmengine.fileio.backends import BaseStorageBackend
 from mmengine.fileio.file_client import HardDiskBackend
 from mmengine.hooks import CheckpointHook
 from mmengine.model import is_model_wrapper
+from mmengine.registry import WEIGHT_INITIALIZERS
 from mmengine.runner import FlexibleRunner, Runner
 from torch import nn
 
 from mmstructkd.checkpoints import IN_CONFIG, allow_plain_types, consented, load_url, plain_types, read_file, trusts
 from mmstructkd.errors import ConfigError
 
-__all__ = ['install', 'pad_value', 'patch_mmengine', 'prepare_cpu_distributed', 'swaps_channels']
+__all__ = [
+    'alone',
+    'config_at_hand',
+    'current_config',
+    'install',
+    'pad_value',
+    'patch_mmengine',
+    'prepare_cpu_distributed',
+    'swaps_channels',
+    'without_pretrained',
+]
 
 # Marks a function that stands in front of one of mmengine's, so that no second one is put before it.
 _MARK = '_mmstructkd_wraps'
@@ -60,6 +74,7 @@ def patch_mmengine() -> None:
     save_atomically()
     remove_after_saving()
     let_models_prepare_runner()
+    let_models_see_config()
 
 
 # --- configs -------------------------------------------------------------------------------------------------
@@ -347,6 +362,50 @@ def let_models_prepare_runner() -> None:
     Runner.register_hooks = register_hooks
 
 
+_CONFIG: contextvars.ContextVar[Any] = contextvars.ContextVar('config', default=None)
+
+
+def current_config() -> Any:
+    """Return the config of the run whose model is built now; ``None`` outside of that."""
+    return _CONFIG.get()
+
+
+@contextlib.contextmanager
+def config_at_hand(cfg: Any) -> Iterator[None]:
+    """Let a model that is built meanwhile see the whole config.
+
+    Args:
+        cfg: the config.
+
+    Yields:
+        Nothing.
+    """
+    token = _CONFIG.set(cfg)
+    try:
+        yield
+    finally:
+        _CONFIG.reset(token)
+
+
+def let_models_see_config() -> None:
+    """Hold the config ready while a runner builds its model.
+
+    mmengine builds a model from its own part of the config. A distiller tries
+    its networks at the size that the train pipeline makes, which stands beside.
+    """
+    original = Runner.build_model
+    if hasattr(original, _MARK):
+        return
+
+    @functools.wraps(original)
+    def build_model(self: Runner, *args: Any, **kwargs: Any) -> Any:
+        with config_at_hand(self.cfg):
+            return original(self, *args, **kwargs)
+
+    setattr(build_model, _MARK, original)
+    Runner.build_model = build_model
+
+
 def let_cpu_ops_take_bf16() -> None:
     """Compute RoIAlign and NMS in float32 where bfloat16 meets a CPU.
 
@@ -428,6 +487,75 @@ def prepare_cpu_distributed(cfg: Config, launcher: str) -> None:
         }
     wrapper.setdefault('device_ids', None)
     cfg.model_wrapper_cfg = wrapper
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Let the code of networks believe that there is one process only.
+
+    A probe runs on the CPU, where NCCL can reduce nothing: the losses of mmdet
+    average their denominators over the processes, and synchronised BatchNorm
+    its statistics. All ask ``torch.distributed.is_initialized``. Every process
+    probes the same, so that none waits for another meanwhile.
+
+    Yields:
+        Nothing.
+    """
+    asked = torch.distributed.is_initialized
+    torch.distributed.is_initialized = lambda: False
+    try:
+        yield
+    finally:
+        torch.distributed.is_initialized = asked
+
+
+@contextlib.contextmanager
+def without_pretrained() -> Iterator[None]:
+    """Build and initialise networks without reading any weights.
+
+    A config can be cleared of what names weights; modules that name them in
+    their code cannot. mmengine's ``Pretrained`` initialisers do nothing here,
+    and whatever else would read a checkpoint is an error that names it. What
+    Hugging Face's packages load (text encoders, their tokenisers) must lie in
+    their cache already.
+
+    Yields:
+        Nothing.
+    """
+    loader = mmengine.runner.checkpoint.CheckpointLoader
+    kept = {kind: kind.__call__ for name, kind in WEIGHT_INITIALIZERS.module_dict.items() if name.startswith('Pretr')}
+    read = loader.__dict__['load_checkpoint']
+    fetch = torch.hub.load_state_dict_from_url
+    hub = sys.modules.get('huggingface_hub.constants')  # read from the environment once, when it is imported
+    offline = {name: os.environ.get(name) for name in ('HF_HUB_OFFLINE', 'TRANSFORMERS_OFFLINE')}
+    was_offline = getattr(hub, 'HF_HUB_OFFLINE', None)
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        named = next((value for value in (*args, *kwargs.values()) if isinstance(value, (str, os.PathLike))), '?')
+        raise ConfigError(
+            f'without_pretrained: a network must be built without reading weights, got one that asks for '
+            f'{os.fspath(named)!r} in its code. Give it these weights (leave --random-init out), or set the argument '
+            'that names them to None in its config.'
+        )
+
+    try:
+        for kind in kept:
+            kind.__call__ = lambda self, module: None
+        loader.load_checkpoint = staticmethod(refuse)
+        torch.hub.load_state_dict_from_url = refuse
+        os.environ.update(dict.fromkeys(offline, '1'))
+        if hub is not None:
+            hub.HF_HUB_OFFLINE = True
+        yield
+    finally:
+        if hub is not None:
+            hub.HF_HUB_OFFLINE = was_offline
+        for name, value in offline.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+        for kind, call in kept.items():
+            kind.__call__ = call
+        loader.load_checkpoint = read
+        torch.hub.load_state_dict_from_url = fetch
 
 
 patch_mmengine()  # see the package's own docstring: who imports it gets the promises that concern mmengine alone

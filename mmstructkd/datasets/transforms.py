@@ -39,6 +39,7 @@ class LoadScene(LoadImageFromFile):
 
     #: What mmcv's loader needs behind it to leave the same keys; for configs without this package.
     plain_after = (dict(type='Resize', scale_factor=1.0),)
+
     def __init__(self, *, color_type: str = 'color', imdecode_backend: str = 'cv2', **kwargs: Any) -> None:
         check_one_of(type(self).__name__, 'color_type', color_type, COLOR_TYPES)
         check_one_of(type(self).__name__, 'imdecode_backend', imdecode_backend, DECODERS)

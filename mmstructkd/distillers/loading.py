@@ -144,14 +144,24 @@ def _drop_pretrained(config: Any) -> None:
     """Remove what would load other weights first: the checkpoint gives them all."""
     if isinstance(config, dict):
         config.pop('pretrained', None)
+        config.pop('teacher_ckpt', None)  # of mmdet's own distilling detectors
         init = config.get('init_cfg')
-        if isinstance(init, dict) and init.get('type') == 'Pretrained':
+        several = isinstance(init, (list, tuple))
+        kept = [one for one in (init if several else [init]) if not _names_weights(one)]
+        if init is not None and not kept:
             config.pop('init_cfg')
+        elif several:
+            config['init_cfg'] = kept
         for value in config.values():
             _drop_pretrained(value)
     elif isinstance(config, (list, tuple)):
         for value in config:
             _drop_pretrained(value)
+
+
+def _names_weights(init: Any) -> bool:
+    """Whether an ``init_cfg`` reads weights; some backbones take it without a ``type``."""
+    return isinstance(init, dict) and (str(init.get('type', '')).startswith('Pretrained') or 'checkpoint' in init)
 
 
 def build_network(config: str | Mapping[str, Any], owner: str) -> nn.Module:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,30 +17,49 @@ from mmengine.model import BaseModel
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
+from mmstructkd.compat import alone
+from mmstructkd.distillers.batches import training_info
+from mmstructkd.distillers.probing import (
+    Probe,
+    check_probe_size,
+    explain_cut,
+    no_way,
+    on_device,
+    probe_devices,
+    probe_sizes,
+    probe_student,
+)
 from mmstructkd.distillers.step_record import Fault, StepRecord, explain
 from mmstructkd.distillers.targets import (
     branches_of,
     collect_targets,
     head_of,
     num_classes_of,
-    probe_samples,
     probe_targets,
     task_of,
 )
 from mmstructkd.distillers.teacher import TeacherSource
 from mmstructkd.distillers.term import KEYS as TERM_KEYS
 from mmstructkd.distillers.term import Term, parse_terms
-from mmstructkd.errors import CheckpointError, ConfigError, shown
+from mmstructkd.errors import CheckpointError, ConfigError, TapError, shown
 from mmstructkd.functional.sharing import sharing
 from mmstructkd.optim import for_distiller
 from mmstructkd.registry import HOOKS, MODELS, build_part
 from mmstructkd.structures import Targets
-from mmstructkd.taps import Capture, RegionRecorder, Regions, Tap, pair_stages, probe_regions, tapped_forward
+from mmstructkd.taps import (
+    Capture,
+    ForwardFailed,
+    RegionRecorder,
+    Regions,
+    Tap,
+    in_point_head,
+    pair_stages,
+    recorded_points,
+    with_points,
+)
 
 __all__ = ['StructuredDistiller']
 
-# Strides up to 128 give maps of sizes of their own, and 3x6 at stride 32: deformable convolutions refuse 2x4.
-PROBE_SIZE = (96, 192)
 STUDENT = 'student.'
 STUDENT_KEYS = (
     *('backbone', 'neck', 'decode_head', 'auxiliary_head', 'bbox_head', 'rpn_head', 'roi_head', 'mask_head'),
@@ -57,18 +77,6 @@ def random_state_kept() -> Iterator[None]:
         yield
     random.setstate(python)
     np.random.set_state(numpy)
-
-
-@contextlib.contextmanager
-def in_eval(network: nn.Module) -> Iterator[None]:
-    """Run a network in eval for a while, each module back in its own mode afterwards."""
-    modes = [(module, module.training) for module in network.modules()]
-    network.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,10 +111,14 @@ class StructuredDistiller(BaseModel):
     ``mode='predict'`` and ``mode='tensor'`` delegate, and ``state_dict()`` has
     the student's keys, without a prefix, and nothing but these.
 
-    Both networks are probed once at construction with an input of 96x192
-    zeros, in eval: taps are resolved and their shapes logged, connectors sized,
-    losses tried. The global random streams are left as a plain student would
-    leave them.
+    Both networks are probed once at construction with an image of noise, the
+    student as training runs it, the teacher in eval, both no further than the
+    taps need: taps are resolved and their shapes logged, connectors sized,
+    losses tried. The image has the size that training uses as far as the
+    networks say it (crop size, padding, position embeddings), shrunk to at most
+    256x512 pixels where they run at that; else 96x192, or larger where they
+    need it. The global random streams are left as a plain student would leave
+    them.
 
     Args:
         student: config of the student, or the built model.
@@ -114,6 +126,7 @@ class StructuredDistiller(BaseModel):
             ``checkpoint``, ...), or of another source by its ``type``.
         terms: dict of terms by name, see :class:`Term`.
         data_preprocessor: used by a student that has none of its own.
+        probe_size: (h, w) of that image; ``None``: as above.
 
     Raises:
         ConfigError: a value cannot be used (terms, losses, teacher's classes).
@@ -136,9 +149,11 @@ class StructuredDistiller(BaseModel):
         teacher: dict | TeacherSource,
         terms: dict,
         data_preprocessor: dict | nn.Module | None = None,
+        probe_size: tuple[int, int] | None = None,
     ) -> None:
+        probe_size = check_probe_size(probe_size)
         if isinstance(student, dict):
-            student = ConfigDict(student) if not isinstance(student, ConfigDict) else student.copy()
+            student = ConfigDict(copy.deepcopy(student))  # some heads write into their config
             if data_preprocessor is not None:
                 student.setdefault('data_preprocessor', data_preprocessor)
             student = build_part('StructuredDistiller', 'student', student, example='_base_.model', known=BaseModel)
@@ -158,7 +173,8 @@ class StructuredDistiller(BaseModel):
                 term.branches = branches_of(self.student)
             self._teacher = self._build_teacher(teacher)
             self._teacher.attach(self.student)
-            self._probe()
+            with alone(), training_info():
+                self._probe(probe_size)
         self.register_state_dict_post_hook(_keep_student_only)
 
     @staticmethod
@@ -185,23 +201,28 @@ class StructuredDistiller(BaseModel):
             for tap in term.student_taps:
                 tap.resolve(self.student, f'term {term.name!r}: `student`')
 
-    def _probe(self) -> None:
+    def _probe(self, size: tuple[int, int] | None) -> None:
         """Run both networks once and let each term build what depends on sizes."""
         teacher_network = getattr(self._teacher, 'network', None)
         if teacher_network is not None:
             for term in self.terms.values():
                 for tap in term.teacher_taps:
                     tap.resolve(teacher_network, f'term {term.name!r}: `teacher`')
-        inputs, samples = torch.zeros(1, 3, *PROBE_SIZE), probe_samples(1, PROBE_SIZE)
-        regions = probe_regions(1, PROBE_SIZE)
-        student_taps = [tap for term in self.terms.values() for tap in term.student_taps]
-        teacher_taps = [tap for term in self.terms.values() for tap in term.teacher_taps]
-        with in_eval(self.student), torch.no_grad():
-            capture = tapped_forward(self.student, inputs, samples, student_taps, regions=regions)
+        for term in self.terms.values():
+            term.on_points = any(in_point_head(self.student, tap) for tap in term.student_taps)
+        seen, observed = self._try_sizes([size] if size else probe_sizes([self.student, teacher_network]), bool(size))
+        capture, regions = seen.capture, seen.regions
         self._clone = capture.changed_in_place()
-        observed = self._teacher.probe(inputs, samples, teacher_taps)
+        for term in self.terms.values():
+            for tap in term.student_taps:
+                if tap in capture.cut and term.loss.loss_weight > 0:
+                    print_log(
+                        f'As the student stands now training would stop: {_no_gradient(term, tap, capture)}',
+                        'current',
+                        level=30,
+                    )
         classes = (_num_classes(self.student), _num_classes(teacher_network))
-        known = probe_targets(task_of(self.student), 1, classes[0], PROBE_SIZE)
+        known = probe_targets(task_of(self.student), 1, classes[0], tuple(seen.inputs.shape[-2:]))
         # A random teacher agrees with no ground truth, and is asked for none.
         trained = getattr(self._teacher, 'checkpoint', '') is not None
         for term in self.terms.values():
@@ -223,6 +244,42 @@ class StructuredDistiller(BaseModel):
                         f'{owners[key]!r} logs as well. Rename one of the two.'
                     )
                 owners[key] = term.name
+
+    def _try_sizes(self, sizes: Sequence[tuple[int, int]], given: bool) -> tuple[Probe, Capture]:
+        """Probe both networks at the first size at which both run."""
+        owners = {tap: f'term {term.name!r}' for term in self.terms.values() for tap in term.student_taps}
+        teacher_taps = [tap for term in self.terms.values() for tap in term.teacher_taps]
+        failure: tuple[str, ForwardFailed] | None = None
+        for device in probe_devices(self.student):
+            with self._moved(device):
+                for size in sizes:
+                    role = 'student'
+                    try:
+                        seen = probe_student(self.student, list(owners), size, owners)
+                        role = 'teacher'
+                        more = {'regions': seen.regions} if seen.chosen else {}
+                        observed = self._teacher.probe(seen.inputs, seen.samples, teacher_taps, **more)
+                    except ForwardFailed as err:
+                        failure = (role, err)
+                    else:
+                        return (seen, observed) if device is None else (seen.to('cpu'), on_device(observed, 'cpu'))
+        assert failure is not None  # there is always a size
+        raise no_way(*failure, sizes, given) from failure[1]
+
+    @contextlib.contextmanager
+    def _moved(self, device: str | None) -> Iterator[None]:
+        """Have both networks on another device for a while; ``None``: leave them where they are."""
+        if device is None:
+            yield
+            return
+        home = next(self.student.parameters()).device
+        self.student.to(device)
+        self._teacher.move(lambda tensor: tensor.to(device))
+        try:
+            yield
+        finally:
+            self.student.to(home)
+            self._teacher.move(lambda tensor: tensor.to(home))
 
     @property
     def teacher(self) -> TeacherSource:
@@ -270,10 +327,18 @@ class StructuredDistiller(BaseModel):
         Returns:
             For ``'loss'`` the student's losses and, per term,
             ``loss_kd_<term>``; else what the student returns.
+
+        Raises:
+            TapError: a term counts and no gradient leaves its tap in the
+                student, so that it could teach nothing but its own connector.
         """
         if mode != 'loss':
             return self.student(inputs, data_samples, mode=mode)
         losses, seen = self.observe(inputs, data_samples, self._active)
+        for term in self._active:
+            for tap in term.student_taps:
+                if tap in seen.capture.cut:
+                    raise TapError(_no_gradient(term, tap, seen.capture))
         if torch.is_grad_enabled():
             self.last_step = StepRecord.of(inputs, data_samples, self._active, seen)
         for name, scored in self.score(seen).items():
@@ -342,9 +407,9 @@ class StructuredDistiller(BaseModel):
         """Run both networks on a batch and listen at the taps of some terms.
 
         The teacher goes first, so that what it needs on the way is gone before
-        the student's graph is there; but where a RoI head is tapped it goes
-        second, since it pools the regions that the student has chosen. Without
-        terms it does not run.
+        the student's graph is there; but where a RoI or point head is tapped it
+        goes second, since it looks at the regions or points that the student has
+        chosen. Without terms it does not run.
 
         Args:
             inputs: preprocessed images, shape (B, 3, H, W).
@@ -355,22 +420,26 @@ class StructuredDistiller(BaseModel):
             The student's own losses, and what the terms need.
         """
         on_regions = any(term.on_regions for term in terms)
+        on_points = any(term.on_points for term in terms)
         teacher_taps = [tap for term in terms for tap in term.teacher_taps]
         teacher: dict[Tap, list[Tensor]] = {}
-        if terms and not on_regions:
+        if terms and not (on_regions or on_points):
             teacher = self._teacher.observe(inputs, data_samples, teacher_taps)
         student_taps = [tap for term in terms for tap in term.student_taps]
+        targets = collect_targets(self.student, inputs, data_samples) if terms else Targets()
         with (
             RegionRecorder(self.student, student_taps, self._stages)
             if on_regions
             else contextlib.nullcontext() as recorder,
+            recorded_points(self.student) if on_points else contextlib.nullcontext([]) as points,
             Capture(self.student, student_taps, clone=self._clone) as capture,
         ):
             losses = self.student(inputs, data_samples, mode='loss')
         regions = None if recorder is None else recorder.regions
-        if on_regions:
+        if on_points:
+            regions = with_points(regions, points)
+        if on_regions or on_points:
             teacher = self._teacher.observe(inputs, data_samples, teacher_taps, regions=regions)
-        targets = collect_targets(self.student, inputs, data_samples) if terms else Targets()
         return losses, Observation(capture, teacher, targets, regions)
 
     def auxiliary_parameters(self) -> tuple[list[nn.Parameter], list[tuple[dict, list[nn.Parameter]]]]:
@@ -482,6 +551,14 @@ def _hidden_networks(network: nn.Module) -> list[nn.Module]:
     student does not call.
     """
     return [one for module in network.modules() for one in vars(module).values() if isinstance(one, nn.Module)]
+
+
+def _no_gradient(term: Term, tap: Tap, capture: Capture) -> str:
+    """Say that a term teaches nothing, and why."""
+    return (
+        f'term {term.name!r}: `student` must name a module that a gradient leaves in training, got '
+        f'{str(tap)!r}, {explain_cut(capture.cut[tap], tap)}.'
+    )
 
 
 def _num_classes(network: nn.Module | None) -> int | None:

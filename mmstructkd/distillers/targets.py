@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from mmengine.structures import BaseDataElement
 from torch import Tensor, nn
 
 from mmstructkd.distillers.normalization import valid_area
-from mmstructkd.functional.resize import resize_mask
+from mmstructkd.errors import ShapeError
+from mmstructkd.functional.resize import resize_labels, resize_mask
 from mmstructkd.structures import Targets
 
 __all__ = [
@@ -20,6 +23,7 @@ __all__ = [
     'head_at',
     'head_of',
     'num_classes_of',
+    'point_targets',
     'probe_samples',
     'probe_targets',
     'region_targets',
@@ -101,8 +105,9 @@ def collect_targets(network: nn.Module, inputs: Tensor, data_samples: Sequence[A
     head = head_of(network)
     ignore_index = getattr(head, 'ignore_index', 255)
     area = valid_area(inputs, data_samples)
-    labels = _maps(data_samples, 'gt_sem_seg', inputs.device, torch.int64)
-    depth = _maps(data_samples, 'gt_depth_map', inputs.device, torch.float32)
+    size = (int(inputs.shape[-2]), int(inputs.shape[-1]))
+    labels = _maps(data_samples, 'gt_sem_seg', inputs.device, torch.int64, size, ignore_index)
+    depth = _maps(data_samples, 'gt_depth_map', inputs.device, torch.float32, size, 0)
     if depth is not None:
         reads = torch.isfinite(depth) & (depth > 0)
         depth = torch.where(reads if area is None else reads & area, depth, 0)
@@ -128,11 +133,54 @@ def collect_targets(network: nn.Module, inputs: Tensor, data_samples: Sequence[A
     )
 
 
-def _maps(samples: Sequence[Any] | None, name: str, device: torch.device, dtype: torch.dtype) -> Tensor | None:
-    """Maps of one kind of all samples, (B, H, W); ``None`` where one of them has none."""
+def _maps(
+    samples: Sequence[Any] | None, name: str, device: torch.device, dtype: torch.dtype, size: tuple[int, int], pad: int
+) -> Tensor | None:
+    """Maps of one kind of all samples at the size of the input, (B, H, W); ``None`` where one of them has none."""
     if not samples or not all(hasattr(sample, name) for sample in samples):
         return None
-    return torch.cat([getattr(sample, name).data for sample in samples]).to(device, dtype)
+    maps = [_map_of(getattr(sample, name), name).to(device, dtype) for sample in samples]
+    fitted = [_fit(values, sample, size, pad) for values, sample in zip(maps, samples, strict=True)]
+    return torch.stack(fitted)
+
+
+def _map_of(field: Any, name: str) -> Tensor:
+    """The one map of a field, (H, W): mmseg stores it as ``data``, mmdet as ``sem_seg``, others as they like."""
+    values = dict(field.items()) if isinstance(field, BaseDataElement) else {'data': field}
+    maps = {key: value for key, value in values.items() if isinstance(value, (Tensor, np.ndarray)) and value.ndim >= 2}
+    key = 'data' if 'data' in maps else 'sem_seg' if 'sem_seg' in maps else next(iter(maps), None)
+    if key is None or (len(maps) > 1 and key not in ('data', 'sem_seg')):
+        raise ShapeError(
+            f'collect_targets: `{name}` must hold one map, got the fields {sorted(values)}. '
+            'Store it as PixelData(data=...) or PixelData(sem_seg=...), with shape (1, H, W).'
+        )
+    found = torch.as_tensor(maps[key])
+    if found.numel() != found.shape[-2] * found.shape[-1]:
+        raise ShapeError(f'collect_targets: `{name}` must have shape (1, H, W), got {tuple(found.shape)}.')
+    return found.reshape(found.shape[-2:])
+
+
+def _fit(values: Tensor, sample: Any, size: tuple[int, int], pad: int) -> Tensor:
+    """Bring a map to the size of the input, nearest; one of the image without its padding is padded first.
+
+    A map of lower resolution (mmdet's semantic maps may have a stride) covers
+    the padded input if its sides are to that as they are to each other, else
+    the unpadded image.
+    """
+    if values.shape == size:
+        return values
+    image = tuple(sample.metainfo.get('img_shape', size)[:2])
+    if image != size and _ratio_gap(values, image) < _ratio_gap(values, size):
+        inner = values if values.shape == image else resize_labels(values[None], image)[0]
+        whole = values.new_full(size, pad)
+        whole[: image[0], : image[1]] = inner[: size[0], : size[1]]
+        return whole
+    return resize_labels(values[None], size)[0]
+
+
+def _ratio_gap(values: Tensor, size: tuple[int, int]) -> float:
+    """How far a map is from being a scaled one of a size."""
+    return abs(math.log(values.shape[0] * size[1] / (values.shape[1] * size[0])))
 
 
 def _instances(samples: Sequence[Any] | None, name: str, device: torch.device) -> tuple[Tensor, ...] | None:
@@ -193,6 +241,37 @@ def region_targets(targets: Targets, regions: Tensor | None) -> Targets:
                 mine = (images == image) & (overlap >= FOREGROUND_IOU)
                 labels = torch.where(mine, classes[nearest], labels)
     return Targets(labels=labels, ignore_index=-1, num_classes=targets.num_classes, input_size=targets.input_size)
+
+
+def point_targets(targets: Targets, points: Tensor) -> Targets:
+    """What is known at points of the images, as maps of P rows and one column.
+
+    Args:
+        targets: of the batch.
+        points: shape (B, P, 2), (x, y) in [0, 1] of the padded input.
+
+    Returns:
+        ``labels``, ``valid`` and ``depth`` of shape (B, P, 1), as far as the
+        batch has them; no image and no boxes, which are no points.
+    """
+
+    def at_points(values: Tensor | None) -> Tensor | None:
+        if values is None:
+            return None
+        sides = torch.tensor([values.shape[2], values.shape[1]], device=values.device)
+        place = (points.to(values.device) * sides).long().clamp(min=0)
+        columns, rows = torch.minimum(place, sides - 1).unbind(dim=-1)
+        images = torch.arange(len(values), device=values.device)[:, None]
+        return values[images, rows, columns][..., None]
+
+    return Targets(
+        labels=at_points(targets.labels),
+        valid=at_points(targets.valid),
+        ignore_index=targets.ignore_index,
+        num_classes=targets.num_classes,
+        input_size=(points.shape[1], 1),
+        depth=at_points(targets.depth),
+    )
 
 
 def _iou(first: Tensor, second: Tensor) -> Tensor:

@@ -21,7 +21,16 @@ from mmstructkd.distillers.teacher_cache import TeacherCache, hash_of, preproces
 from mmstructkd.errors import ConfigError, TapError, check_flag, shown
 from mmstructkd.randomness import own_stream
 from mmstructkd.registry import MODELS
-from mmstructkd.taps import Capture, Regions, Tap, in_region_head, probe_regions, tapped_forward
+from mmstructkd.taps import (
+    Capture,
+    Regions,
+    Tap,
+    find_route,
+    in_features,
+    in_point_head,
+    in_region_head,
+    probe_regions,
+)
 
 __all__ = ['FrozenTeacher', 'TeacherSource']
 
@@ -200,6 +209,7 @@ class FrozenTeacher(TeacherSource):
         self._clone: set[Tap] = set()
         self._step = 0
         self._alone = False  # images are run one by one
+        self._route = 'tensor'
 
     def __deepcopy__(self, memo: dict) -> FrozenTeacher:
         twin = copy.copy(self)
@@ -240,27 +250,40 @@ class FrozenTeacher(TeacherSource):
         padded = tuple(images.shape[-2:])
         return {tap: [cover_input(tensor, tap, size, padded) for tensor in found] for tap, found in records.items()}
 
-    def probe(self, inputs: Tensor, data_samples: Sequence[Any] | None, taps: Iterable[Tap]) -> Capture:
-        """Run a full forward; remember how often each tap is passed and what is changed in place.
+    def probe(
+        self,
+        inputs: Tensor,
+        data_samples: Sequence[Any] | None,
+        taps: Iterable[Tap],
+        *,
+        regions: Regions | None = None,
+    ) -> Capture:
+        """Find a way to run the network that passes every tap; remember how often, and what is changed in place.
 
         Args:
             inputs: a small batch in the student's normalisation.
             data_samples: one per image, or ``None``.
             taps: every tap that will be asked for.
+            regions: what RoI and point heads look at; ``None``: some boxes.
 
         Returns:
             The capture with all records.
 
         Raises:
             ConfigError: an option cannot be had with this network and these taps.
+            ForwardFailed: the network cannot be run on such a batch.
         """
         taps = tuple(taps)
-        regions = probe_regions(len(inputs), tuple(inputs.shape[-2:]))
+        if regions is None:
+            regions = probe_regions(len(inputs), tuple(inputs.shape[-2:]))
         images, samples, size = self._converted(inputs, data_samples)
+        routes = self._routes(taps)
+        if data_samples is None:
+            routes = [route for route in routes if route != 'loss'] or routes
 
         def forward(batch: Tensor, samples: Sequence[Any] | None, clone: Iterable[Tap] = ()) -> Capture:
             with torch.no_grad(), own_stream(batch.device, watch=True) as draws:
-                seen = tapped_forward(self.network, batch, samples, taps, clone=clone, regions=regions)
+                seen, self._route = find_route(self.network, batch, samples, taps, routes, clone=clone, regions=regions)
             self._alone = self._alone or draws.any
             return seen
 
@@ -278,6 +301,12 @@ class FrozenTeacher(TeacherSource):
                     f'FrozenTeacher: `cache` must be left out where a RoI head is tapped, got {inside[0]!r}: what it '
                     'shows depends on the regions that the student chooses in each step.'
                 )
+            drawing = [str(tap) for tap in taps if in_point_head(self.network, tap)]
+            if drawing:
+                raise ConfigError(
+                    f'FrozenTeacher: `cache` must be left out where a point head is tapped, got {drawing[0]!r}: what '
+                    'it shows depends on the points that the student draws in each step.'
+                )
             self.cache.check_probe(capture.records, inputs.shape[1:])
             self._check_alone(lambda batch, samples: forward(batch, samples, clone=taps).records, images, samples)
         return capture
@@ -292,6 +321,12 @@ class FrozenTeacher(TeacherSource):
         both = forward(noise, None if samples is None else [*samples, *samples])
         second = {tap: [tensor[1:] for tensor in found] for tap, found in both.items()}
         self._alone = self._alone or not _close(second, alone)
+
+    def _routes(self, taps: Sequence[Tap]) -> list[str]:
+        """Ways to run the network that may pass the taps, the cheapest first."""
+        if any(in_point_head(self.network, tap) for tap in taps):
+            return ['loss']  # inference looks at other points
+        return ['features', 'loss'] if all(map(in_features, taps)) else ['tensor', 'predict', 'loss']
 
     def _fold(self, forward: Callable[[], dict[Tap, list[Tensor]]], taps: Iterable[Tap]) -> None:
         """Fold what no tap names, once; later taps must leave what is folded alone."""
@@ -381,7 +416,14 @@ class FrozenTeacher(TeacherSource):
             images, samples, size = self._converted(inputs, data_samples)
         with own_stream(images.device, step, watch=watch) as draws:
             records = self._execution.run(
-                self.network, images, samples, taps, calls=self._calls, clone=self._clone, regions=regions
+                self.network,
+                images,
+                samples,
+                taps,
+                calls=self._calls,
+                clone=self._clone,
+                regions=regions,
+                route=self._route,
             )
         return self._covering(records, size, images), draws.any
 

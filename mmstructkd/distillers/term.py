@@ -6,6 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import logging
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from mmstructkd.connectors import build_connector
 from mmstructkd.distillers.depth_order import check_depth_order
 from mmstructkd.distillers.schedule import WeightSchedule
-from mmstructkd.distillers.targets import head_at, num_classes_of, region_targets, repeat_targets
+from mmstructkd.distillers.targets import head_at, num_classes_of, point_targets, region_targets, repeat_targets
 from mmstructkd.errors import (
     CheckpointError,
     ConfigError,
@@ -133,6 +134,7 @@ class Term(nn.Module):
         self.losses = nn.ModuleList([self._build_loss()])
         self.connectors = nn.ModuleList()
         self.joint = False
+        self.on_points = False  # whether the taps lie in a head that scores points of its own choice
         self.order: tuple[int, ...] | None = None  # the teacher's tensor for each of the student's
         self.branches = 1  # copies of the batch that the student trains on, see branches_of
         self.levels: tuple[Level, ...] = ()
@@ -233,7 +235,11 @@ class Term(nn.Module):
                         f'term {self.name!r}: `{owner}` must name a module that runs in training, got {str(tap)!r}, '
                         'which the forward pass does not reach.'
                     )
-            sides.append([tensor for tap in taps for tensor in records[tap]])
+            tensors = [tensor for tap in taps for tensor in records[tap]]
+            if self.on_points:  # (B, C, P) of a point head: a map of P rows, so that losses over positions take it
+                tensors = [tensor[..., None] if tensor.dim() == 3 else tensor for tensor in tensors]
+            sides.append(tensors)
+        sides[1] = self._as_often(sides[1], student, teacher)
         if self.order is not None:
             sides[1] = [sides[1][place] for place in self.order]
         if self.branches > 1:  # a teacher that has not copied the batch shows each copy the same
@@ -245,6 +251,23 @@ class Term(nn.Module):
                 for place, t in enumerate(sides[1])
             ]
         return sides[0], sides[1]
+
+    def _as_often(self, tensors: list[Tensor], student: Records, teacher: Records) -> list[Tensor]:
+        """Give the teacher's tensor again where training runs a module twice on the same features.
+
+        The earlier heads of mmseg's cascades are: once for their own loss, once
+        for the next head. Inference runs them once.
+        """
+        if len(self.student_taps) != len(self.teacher_taps) or not any(
+            re.match(r'decode_head\.\d+', tap.module) for tap in self.student_taps
+        ):
+            return tensors
+        left, out = iter(tensors), []
+        for tap_s, tap_t in zip(self.student_taps, self.teacher_taps, strict=True):
+            mine = [next(left) for _ in teacher[tap_t]]
+            twice = re.match(r'decode_head\.\d+', tap_s.module) and len(student[tap_s]) == 2 * len(mine)
+            out += [tensor for tensor in mine for _ in range(2)] if twice else mine
+        return out
 
     def pairs(self, student: Records, teacher: Records) -> list[tuple[Tensor, Tensor]]:
         """Match what the taps recorded, level by level.
@@ -359,6 +382,9 @@ class Term(nn.Module):
         pairs = self.pairs(student, teacher)
         labels_s = self._labels(self.student_taps, student)
         labels_t = self._labels(self.teacher_taps, teacher)
+        images = 1 if targets.images is None else len(targets.images)
+        self._check_images_first('student', self.student_taps, student, images)
+        self._check_images_first('teacher', self.teacher_taps, teacher, images)
         if self.order is not None:
             left = [label for place, label in enumerate(labels_t) if place not in self.order]
             if left:
@@ -504,7 +530,7 @@ class Term(nn.Module):
         except ShapeError as err:
             if self._over_classes(student, teacher, classes):
                 raise self._other_classes(classes) from err
-            raise ShapeError(f'term {self.name!r}: {err}') from err
+            raise ShapeError(f'term {self.name!r}: {err}{self._about_tokens(student, teacher)}') from err
         except (ConfigError, CheckpointError) as err:
             raise type(err)(f'term {self.name!r}: {err}') from err
         except Exception as err:  # torch and parts of others raise whatever they trip over
@@ -513,6 +539,28 @@ class Term(nn.Module):
                 f'{tuple(student.shape)} of the student and {tuple(teacher.shape)} of the teacher. '
                 f'{type(err).__name__}: {err}'
             ) from err
+
+    def _about_tokens(self, student: Tensor, teacher: Tensor) -> str:
+        """How a transformer's tokens become what most losses take."""
+        sides = [name for name, tensor in (('student', student), ('teacher', teacher)) if tensor.dim() == 3]
+        if not sides or self.on_regions:
+            return ''
+        return (
+            f' The {" and the ".join(sides)} gave tokens (B, N, C): lay them out as a map with '
+            "connector=dict(type='mmstructkd.TokensToMapConnector')."
+        )
+
+    def _check_images_first(self, side: str, taps: tuple[Tap, ...], records: Records, images: int) -> None:
+        """Refuse what has another axis than the images first: layers of a decoder, or positions of a sequence."""
+        for tap in taps:
+            for tensor in records[tap]:
+                shape = tuple(tensor.shape)
+                if len(shape) >= 3 and shape[0] != images and shape[1] == images and not self.on_regions:
+                    raise TapError(
+                        f'term {self.name!r}: `{side}` must give the images on its first axis, got {shape} for '
+                        f'{images} image at {str(tap)!r}: layers of a decoder, or positions, come first. Tap a module '
+                        "of one layer, e.g. 'decoder.layers.5', or one that gives maps."
+                    )
 
     def _over_classes(self, student: Tensor, teacher: Tensor, classes: Pair) -> bool:
         """Whether two tensors have other widths because they are scores over other classes.
@@ -629,6 +677,9 @@ class Term(nn.Module):
         self.used = self.used or torch.is_grad_enabled()
         if self.loss.where != 'labelled':
             targets = dataclasses.replace(targets, valid=targets.inside)
+        points = getattr(regions, 'points', ())
+        if self.on_points and points:
+            targets = point_targets(targets, points[0])
         known = self._known(student, targets, regions)
         parts: dict[str, list[Tensor]] = {}
         if not self.joint:
