@@ -50,3 +50,11 @@ def test_bad_arguments():
         spatial_mean_loss(x[..., 0, 0], x)
     with pytest.raises(ConfigError, match='`mask` must be boolean'):
         spatial_mean_loss(x, x, valid=torch.ones(2, 8, 8))
+
+
+def test_an_image_counts_where_both_maps_have_a_position():
+    student, teacher = torch.ones(2, 1, 2, 2), torch.zeros(2, 1, 1, 1)
+    # The one position of the teacher's map is that of the first pixel.
+    valid = torch.tensor([[[False, False], [False, True]], [[True, False], [False, False]]])
+    assert spatial_mean_loss(student * torch.tensor([9.0, 2.0]).view(2, 1, 1, 1), teacher, valid=valid) == 4
+    assert spatial_mean_loss(student, teacher, valid=valid & ~valid[1]) == 0
