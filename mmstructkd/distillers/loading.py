@@ -9,13 +9,14 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from mmengine.config import Config, ConfigDict
+from mmengine.model import BaseModel
 from mmengine.registry import DefaultScope
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
 from mmstructkd.compat import local_checkpoint, read_checkpoint
 from mmstructkd.errors import CheckpointError, ConfigError
-from mmstructkd.registry import MODELS
+from mmstructkd.registry import build_part
 
 __all__ = ['build_network', 'file_hash', 'load_student', 'load_weights', 'student_config']
 
@@ -129,8 +130,16 @@ def build_network(config: str | Mapping[str, Any], owner: str) -> nn.Module:
 
     Returns:
         The network.
+
+    Raises:
+        ConfigError: it cannot be built, or is none of mmengine's.
     """
-    return MODELS.build(model_config(config, owner))
+    made: nn.Module = build_part(
+        owner, 'config', model_config(config, owner), what='network', example="'mmseg::...'", known=BaseModel
+    )
+    if not isinstance(made, BaseModel):
+        raise ConfigError(f'{owner}: `config` must be of a network of mmengine, got {type(made).__name__}.')
+    return made
 
 
 def file_hash(path: str) -> str:

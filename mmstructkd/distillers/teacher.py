@@ -130,7 +130,7 @@ class FrozenTeacher(TeacherSource):
     ) -> None:
         if not isinstance(fuse_conv_bn, bool):
             raise ConfigError(f'FrozenTeacher: `fuse_conv_bn` must be True or False, got {fuse_conv_bn!r}.')
-        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+        if isinstance(every, bool) or not isinstance(every, int) or not 1 <= every <= 10**9:
             raise ConfigError(f'FrozenTeacher: `every` must be a whole number of at least 1, got {every!r}.')
         self.fuse_conv_bn, self.every = fuse_conv_bn, every
         self._execution = Execution(dtype=dtype, channels_last=channels_last, compiled=compile)

@@ -10,9 +10,9 @@ from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS as MMENGINE_CONSTRUCTOR
 from mmengine.registry import OPTIMIZERS
 from torch import nn
 
-from mmstructkd.errors import ConfigError
+from mmstructkd.errors import ConfigError, shown, suggest
 from mmstructkd.optim.composite import CompositeOptimizer
-from mmstructkd.registry import OPTIM_WRAPPER_CONSTRUCTORS
+from mmstructkd.registry import OPTIM_WRAPPER_CONSTRUCTORS, look_up
 
 __all__ = ['DistillOptimWrapperConstructor']
 
@@ -42,6 +42,34 @@ class DistillOptimWrapperConstructor:
         self.base_constructor = self.optim_wrapper_cfg.pop('base_constructor', 'DefaultOptimWrapperConstructor')
         self.paramwise_cfg = paramwise_cfg
 
+    def _of_student(self, student: nn.Module) -> OptimWrapper:
+        """What the base constructor makes of the plain model, its mistakes told with the config's name."""
+        owner = type(self).__name__
+        settings = {
+            'type': self.base_constructor,
+            'optim_wrapper_cfg': copy.deepcopy(self.optim_wrapper_cfg),
+            'paramwise_cfg': copy.deepcopy(self.paramwise_cfg),
+        }
+        if look_up(MMENGINE_CONSTRUCTORS, self.base_constructor) is None:
+            raise ConfigError(
+                f'{owner}: `base_constructor` must name a registered constructor, got {self.base_constructor!r}. '
+                f'{suggest(self.base_constructor, MMENGINE_CONSTRUCTORS.module_dict)}'
+            )
+        optimizer = self.optim_wrapper_cfg.get('optimizer')
+        kind = optimizer.get('type') if isinstance(optimizer, dict) else None
+        if isinstance(kind, str) and look_up(OPTIMIZERS, kind) is None:
+            raise ConfigError(
+                f'{owner}: `optim_wrapper_cfg`: `optimizer` must name a registered optimizer, got {kind!r}. '
+                f'{suggest(kind, OPTIMIZERS.module_dict)}'
+            )
+        try:
+            return MMENGINE_CONSTRUCTORS.build(settings)(student)
+        except Exception as err:  # mmengine and torch raise whatever they trip over
+            raise ConfigError(
+                f'{owner}: `optim_wrapper_cfg` and `paramwise_cfg` must make an optimiser of the student, '
+                f'got {shown(self.optim_wrapper_cfg)} and {shown(self.paramwise_cfg)}. {type(err).__name__}: {err}'
+            ) from err
+
     def __call__(self, model: nn.Module) -> OptimWrapper:
         """Build the wrapper.
 
@@ -52,7 +80,7 @@ class DistillOptimWrapperConstructor:
             The optim wrapper over every trained parameter, each in it once.
 
         Raises:
-            ConfigError: ``model`` is no distiller.
+            ConfigError: ``model`` is no distiller, or no optimiser can be made of the config.
         """
         if is_model_wrapper(model):
             model = model.module
@@ -61,14 +89,7 @@ class DistillOptimWrapperConstructor:
                 f'DistillOptimWrapperConstructor: `model` must be a StructuredDistiller, got {type(model).__name__}. '
                 'Remove `constructor` from optim_wrapper for plain training.'
             )
-        constructor = MMENGINE_CONSTRUCTORS.build(
-            {
-                'type': self.base_constructor,
-                'optim_wrapper_cfg': copy.deepcopy(self.optim_wrapper_cfg),
-                'paramwise_cfg': copy.deepcopy(self.paramwise_cfg),
-            }
-        )
-        wrapper = constructor(model.student)
+        wrapper = self._of_student(model.student)
         shared, own = model.auxiliary_parameters()
         bare = {
             getattr(module, name) for module in model.terms.modules() for name in getattr(module, 'no_weight_decay', ())
