@@ -278,7 +278,8 @@ def refusal(name: str, argument: str, err: Exception) -> str:
         return f'deep: {type(err).__name__}: {str(err)[:150]}'
     stem = re.sub(r'(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])', '_', name).lower()
     told = str(err)
-    if not (name in told or stem in told) or not re.search(rf'\b{argument}\b', told):
+    owners = (name, stem, 'term ') if name == 'StructuredDistiller' else (name, stem)
+    if not any(owner in told for owner in owners) or not re.search(rf'\b{argument}\b', told):
         return f'unnamed: {told[:150]}'
     return 'refused'
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from mmengine.config import ConfigDict
 from mmengine.logging import print_log
-from mmengine.model import BaseModel
+from mmengine.model import BaseDataPreprocessor, BaseModel
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
@@ -130,6 +130,7 @@ class StructuredDistiller(BaseModel):
         if isinstance(student, dict):
             student = ConfigDict(student) if not isinstance(student, ConfigDict) else student.copy()
             if data_preprocessor is not None:
+                _check_preprocessor(data_preprocessor, student.get('_scope_'))
                 student.setdefault('data_preprocessor', data_preprocessor)
             student = build_part('StructuredDistiller', 'student', student, example='_base_.model', known=BaseModel)
         if not isinstance(student, BaseModel):
@@ -157,13 +158,19 @@ class StructuredDistiller(BaseModel):
                 f'StructuredDistiller: `teacher` must be a dict, got {teacher!r}. '
                 "Write teacher=dict(config='mmseg::...', checkpoint='...')."
             )
-        return build_part(
+        source = build_part(
             'StructuredDistiller',
             'teacher',
             {'type': 'mmstructkd.FrozenTeacher', **teacher},
             example="dict(config='mmseg::...', checkpoint='...')",
             known=TeacherSource,
         )
+        if not isinstance(source, TeacherSource):
+            raise ConfigError(
+                f'StructuredDistiller: `teacher` must be a source of tensors, got {type(source).__name__}. '
+                'Leave `type` out: the network goes into teacher=dict(config=...).'
+            )
+        return source
 
     def _check_student_taps(self) -> None:
         """Resolve the student's taps before anything expensive is done."""
@@ -421,6 +428,19 @@ def _keep_student_only(module: nn.Module, state_dict: dict[str, Tensor], prefix:
             value = metadata.pop(key)
             if key.startswith(inner):
                 metadata[prefix + key[len(inner) :]] = value
+
+
+def _check_preprocessor(config: Any, scope: str | None) -> None:
+    """Build a data preprocessor once: one that the student's own takes the place of would be wrong in silence."""
+    if isinstance(config, dict):
+        settings = {'_scope_': scope, **config}
+        made = build_part(
+            'StructuredDistiller', 'data_preprocessor', settings, example="dict(type='SegDataPreProcessor')"
+        )
+        if not isinstance(made, BaseDataPreprocessor):
+            raise ConfigError(
+                f'StructuredDistiller: `data_preprocessor` must be a data preprocessor, got {type(made).__name__}.'
+            )
 
 
 def _num_classes(network: nn.Module | None) -> int | None:
