@@ -182,7 +182,7 @@ def _chain(cls: type) -> list[Callable[..., Any]]:
         init = base.__dict__.get('__init__')
         if init is None:
             continue
-        if base is object:
+        if inspect.unwrap(init) is object.__init__:
             return chain
         chain.append(init)
         if not _takes_any_name(init):

@@ -55,5 +55,6 @@ def check_first_label(owner: str, argument: str, value: Any, path: str, backend_
     """Raise :class:`ConfigError` unless the first image has a label: a wrong ending shows here, not in a worker."""
     if not exists(path, backend_args=backend_args):
         raise ConfigError(
-            f'{owner}: `{argument}` must give a file for each image, got {shown(value)}: there is no {path!r}.'
+            f'{owner}: `{argument}` and `data_prefix` must give a file for each image, got {shown(value)}: '
+            f'there is no {path!r}.'
         )

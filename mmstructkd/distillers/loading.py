@@ -11,6 +11,7 @@ from typing import Any
 
 from mmengine.config import Config, ConfigDict
 from mmengine.logging import print_log
+from mmengine.model import BaseModel
 from mmengine.registry import DefaultScope
 from mmengine.runner import Runner
 from torch import nn
@@ -18,7 +19,7 @@ from torch import nn
 from mmstructkd.checkpoints import ON_COMMAND_LINE, local_checkpoint, read_checkpoint
 from mmstructkd.distillers.weights import check_values, describe_mismatch, take_prefix, tensors_in
 from mmstructkd.errors import CheckpointError, ConfigError
-from mmstructkd.registry import MODELS
+from mmstructkd.registry import build_part
 
 __all__ = ['build_network', 'file_hash', 'load_student', 'load_weights', 'student_config']
 
@@ -173,8 +174,16 @@ def build_network(config: str | Mapping[str, Any], owner: str) -> nn.Module:
 
     Returns:
         The network.
+
+    Raises:
+        ConfigError: it cannot be built, or is none of mmengine's.
     """
-    return MODELS.build(model_config(config, owner))
+    made: nn.Module = build_part(
+        owner, 'config', model_config(config, owner), what='network', example="'mmseg::...'", known=BaseModel
+    )
+    if not isinstance(made, BaseModel):
+        raise ConfigError(f'{owner}: `config` must be of a network of mmengine, got {type(made).__name__}.')
+    return made
 
 
 def file_hash(path: str) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from mmengine.config import ConfigDict
 from mmengine.logging import print_log
-from mmengine.model import BaseModel
+from mmengine.model import BaseDataPreprocessor, BaseModel
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
@@ -155,6 +155,7 @@ class StructuredDistiller(BaseModel):
         if isinstance(student, dict):
             student = ConfigDict(copy.deepcopy(student))  # some heads write into their config
             if data_preprocessor is not None:
+                _check_preprocessor(data_preprocessor, student.get('_scope_'))
                 student.setdefault('data_preprocessor', data_preprocessor)
             student = build_part('StructuredDistiller', 'student', student, example='_base_.model', known=BaseModel)
         if not isinstance(student, BaseModel):
@@ -187,13 +188,19 @@ class StructuredDistiller(BaseModel):
                 f'StructuredDistiller: `teacher` must be a dict, got {shown(teacher)}. '
                 "Write teacher=dict(config='mmseg::...', checkpoint='...')."
             )
-        return build_part(
+        source = build_part(
             'StructuredDistiller',
             'teacher',
             {'type': 'mmstructkd.FrozenTeacher', **teacher},
             example="dict(config='mmseg::...', checkpoint='...')",
             known=TeacherSource,
         )
+        if not isinstance(source, TeacherSource):
+            raise ConfigError(
+                f'StructuredDistiller: `teacher` must be a source of tensors, got {type(source).__name__}. '
+                'Leave `type` out: the network goes into teacher=dict(config=...).'
+            )
+        return source
 
     def _check_student_taps(self) -> None:
         """Resolve the student's taps before anything expensive is done."""
@@ -559,6 +566,19 @@ def _no_gradient(term: Term, tap: Tap, capture: Capture) -> str:
         f'term {term.name!r}: `student` must name a module that a gradient leaves in training, got '
         f'{str(tap)!r}, {explain_cut(capture.cut[tap], tap)}.'
     )
+
+
+def _check_preprocessor(config: Any, scope: str | None) -> None:
+    """Build a data preprocessor once: one that the student's own takes the place of would be wrong in silence."""
+    if isinstance(config, dict):
+        settings = {'_scope_': scope, **config}
+        made = build_part(
+            'StructuredDistiller', 'data_preprocessor', settings, example="dict(type='SegDataPreProcessor')"
+        )
+        if not isinstance(made, BaseDataPreprocessor):
+            raise ConfigError(
+                f'StructuredDistiller: `data_preprocessor` must be a data preprocessor, got {type(made).__name__}.'
+            )
 
 
 def _num_classes(network: nn.Module | None) -> int | None:

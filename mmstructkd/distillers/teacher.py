@@ -161,7 +161,7 @@ class FrozenTeacher(TeacherSource):
         for name, text in (('checkpoint', checkpoint), ('prefix', prefix)):
             if text is not None and not isinstance(text, (str, os.PathLike) if name == 'checkpoint' else str):
                 raise ConfigError(f'FrozenTeacher: `{name}` must be a string, got {shown(text)}.')
-        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+        if isinstance(every, bool) or not isinstance(every, int) or not 1 <= every <= 10**9:
             raise ConfigError(f'FrozenTeacher: `every` must be a whole number of at least 1, got {every!r}.')
         self.fuse_conv_bn, self.every = fuse_conv_bn, every
         self._execution = Execution(dtype=dtype, channels_last=channels_last, compiled=compile)

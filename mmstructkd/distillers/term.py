@@ -759,11 +759,16 @@ def parse_terms(terms: Any) -> nn.ModuleDict:
     for name, config in terms.items():
         owner = f'term {name!r}'
         if not isinstance(name, str) or not name.isidentifier():
-            raise ConfigError(f'{owner}: `name` must be a plain identifier, got {name!r}.')
+            raise ConfigError(f'{owner}: the name of a term in `terms` must be a plain identifier, got {name!r}.')
+        if name in (*KEYS, *MISPLACED) and not isinstance(config, Mapping):
+            raise ConfigError(
+                f'StructuredDistiller: `terms` must be a dict of terms by name, got the key {name!r} of a single term. '
+                'Give it a name: terms=dict(<name>=dict(tap=..., loss=...)).'
+            )
         if name in dir(nn.ModuleDict) or '__' in name:
             raise ConfigError(f'{owner}: `name` must not be one of torch.nn.ModuleDict, got {name!r}. Rename it.')
         if not isinstance(config, Mapping):
-            raise ConfigError(f'{owner}: the term must be a dict with the keys {KEYS}, got {config!r}.')
+            raise ConfigError(f'{owner}: each of `terms` must be a dict with the keys {KEYS}, got {config!r}.')
         for key in config:
             if key not in KEYS:
                 way_out = MISPLACED.get(key) or suggest(key, KEYS)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, distributed, nn
 
+from mmstructkd.arguments import checked
 from mmstructkd.errors import ConfigError, ShapeError, check_count, shown
 from mmstructkd.functional.contrast import draw
 
@@ -17,6 +18,7 @@ __all__ = ['ClassQueue']
 MAX_NUMBERS = 2**31
 
 
+@checked
 class ClassQueue(nn.Module):
     """First in, first out, class by class; the same in all processes.
 

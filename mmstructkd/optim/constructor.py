@@ -16,7 +16,7 @@ from mmengine.registry import OPTIMIZERS, Registry
 from torch import nn
 from torch.optim import Optimizer
 
-from mmstructkd.errors import ConfigError, suggest
+from mmstructkd.errors import ConfigError, shown, suggest
 from mmstructkd.optim.composite import CompositeOptimizer
 from mmstructkd.optim.step import DistillStep, extend
 from mmstructkd.registry import OPTIM_WRAPPER_CONSTRUCTORS
@@ -118,8 +118,10 @@ class DistillOptimWrapperConstructor:
                 }
             )
             wrapper = constructor(student)
-        except (TypeError, ValueError, KeyError, AssertionError) as err:
-            raise ConfigError(f'{OWNER} must be one that can be built, got {dict(config)}. {err}') from err
+        except Exception as err:  # mmengine and torch raise whatever they trip over
+            raise ConfigError(
+                f'{OWNER} must be one that can be built, got {shown(dict(config))}. {type(err).__name__}: {err}'
+            ) from err
         return wrapper
 
 
