@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import numpy as np
+import pytest
 import torch
 from mmengine.logging import MMLogger
 from mmengine.registry import DefaultScope
