@@ -26,6 +26,8 @@ __all__ = ['DistillOptimWrapperConstructor', 'check_optimizer', 'for_distiller']
 NAME = 'mmstructkd.DistillOptimWrapperConstructor'
 DEFAULT = 'DefaultOptimWrapperConstructor'
 OWNER = 'StructuredDistiller: `optim_wrapper`'
+#: What the constructor is given is that same setting of the config.
+MADE_OF = 'DistillOptimWrapperConstructor: `optim_wrapper_cfg` from `optim_wrapper`'
 
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
@@ -100,15 +102,15 @@ class DistillOptimWrapperConstructor:
     def _build_student(self, student: nn.Module) -> OptimWrapper:
         """What the base constructor makes of the plain model, with readable errors."""
         config = self.optim_wrapper_cfg
-        _check_registered(OWNER, 'base_constructor', self.base_constructor, MMENGINE_CONSTRUCTORS)
-        _check_registered(OWNER, 'type', config.get('type', 'OptimWrapper'), MMENGINE_WRAPPERS)
+        _check_registered(MADE_OF, 'base_constructor', self.base_constructor, MMENGINE_CONSTRUCTORS)
+        _check_registered(MADE_OF, 'type', config.get('type', 'OptimWrapper'), MMENGINE_WRAPPERS)
         optimizer = config.get('optimizer')
         if not isinstance(optimizer, Mapping) or 'type' not in optimizer:
             raise ConfigError(
-                f"{OWNER}['optimizer'] must be a dict with a `type`, got {optimizer!r}. "
+                f"{MADE_OF}['optimizer'] must be a dict with a `type`, got {optimizer!r}. "
                 "Write e.g. optimizer=dict(type='SGD', lr=0.01, momentum=0.9)."
             )
-        _check_registered(f"{OWNER}['optimizer']", 'type', optimizer['type'], OPTIMIZERS)
+        _check_registered(f"{MADE_OF}['optimizer']", 'type', optimizer['type'], OPTIMIZERS)
         try:
             constructor = MMENGINE_CONSTRUCTORS.build(
                 {
@@ -120,7 +122,7 @@ class DistillOptimWrapperConstructor:
             wrapper = constructor(student)
         except Exception as err:  # mmengine and torch raise whatever they trip over
             raise ConfigError(
-                f'{OWNER} must be one that can be built, got {shown(dict(config))}. {type(err).__name__}: {err}'
+                f'{MADE_OF} must be one that can be built, got {shown(dict(config))}. {type(err).__name__}: {err}'
             ) from err
         return wrapper
 
