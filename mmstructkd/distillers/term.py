@@ -14,6 +14,7 @@ import torch
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
+from mmstructkd.connectors.tokens import grid_of
 from mmstructkd.distillers.schedule import WeightSchedule
 from mmstructkd.distillers.targets import point_targets, region_targets
 from mmstructkd.errors import ConfigError, ShapeError, TapError, check_finite_number, check_one_of, suggest
@@ -105,6 +106,7 @@ class Term(nn.Module):
         self.joint = False
         self.on_points = False  # whether the taps lie in a head that scores points of its own choice
         self.order: tuple[int, ...] | None = None  # the teacher's tensor for each of the student's
+        self._input_size: tuple[int, int] | None = None  # of the probe
         self.levels: tuple[Level, ...] = ()
         self.log_keys: tuple[str, ...] = ()
 
@@ -300,6 +302,7 @@ class Term(nn.Module):
             ShapeError: the loss cannot take these shapes.
             TapError: levels cannot be matched.
         """
+        self._input_size = targets.input_size
         joint = self._connector_class()
         self.joint = joint is not None and getattr(joint, 'joint', False)
         if not self.joint or len(self.tensors(student, teacher)[0]) > 1:
@@ -373,13 +376,23 @@ class Term(nn.Module):
 
     def _about_tokens(self, student: Tensor, teacher: Tensor) -> str:
         """How a transformer's tokens become what most losses take."""
-        sides = [name for name, tensor in (('student', student), ('teacher', teacher)) if tensor.dim() == 3]
+        sides = [
+            name
+            for name, tensor in (('student', student), ('teacher', teacher))
+            if tensor.dim() == 3 and self._covers_image(tensor.shape[1])
+        ]
         if not sides or self.on_regions:
             return ''
         return (
             f' The {" and the ".join(sides)} gave tokens (B, N, C): lay them out as a map with '
             "connector=dict(type='mmstructkd.TokensToMapConnector')."
         )
+
+    def _covers_image(self, count: int) -> bool:
+        """Whether so many tokens, with a class token or without, make a grid over the image; queries do not."""
+        if self._input_size is None:
+            return True
+        return any(grid_of(number, *self._input_size) is not None for number in (count, count - 1) if number > 0)
 
     def _check_images_first(self, side: str, taps: tuple[Tap, ...], records: Records, images: int) -> None:
         """Refuse what has another axis than the images first: layers of a decoder, or positions of a sequence."""
