@@ -254,7 +254,8 @@ def test_needs_are_those_of_the_network_or_its_pipeline() -> None:
     cfg = dict(train_dataloader=dict(dataset=dict(type='X', pipeline=pipeline)))
     assert needs_of(box, cfg).masks
     cfg['train_dataloader']['dataset']['pipeline'] = [dict(type='LoadAnnotations', with_bbox=True)]
-    assert not needs_of(mask, cfg).masks
+    assert not needs_of(box, cfg).masks
+    assert needs_of(mask, cfg).masks  # it could not be trained without
     edges = dict(train_dataloader=dict(dataset=dict(pipeline=[dict(type='GenerateEdge', edge_width=4)])))
     segmentor = MODELS.build(toy_segmentor(2))
     assert needs_of(segmentor, edges).edges
