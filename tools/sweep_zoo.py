@@ -133,10 +133,11 @@ def taps_of(network: Any) -> list[dict[str, Any]]:
         prefix = f'decode_head.{len(head) - 1}' if hasattr(head, '__len__') else 'decode_head'
         first = 'decode_head.0' if hasattr(head, '__len__') else 'decode_head'
         for start in dict.fromkeys((prefix, first)):
-            for name in ('conv_seg', 'cls_embed', 'cls_seg', 'fc_seg'):
+            if names.get(f'{start}.pixel_decoder') is not None:  # its classes are those of queries, not of pixels
+                found.append({'tap': f'{start}.pixel_decoder[0]', 'loss': channel})
+            for name in ('conv_seg', 'cls_seg', 'fc_seg'):
                 if names.get(f'{start}.{name}') is not None:
-                    kind = 'mmstructkd.PixelwiseKLLoss'
-                    found.append({'tap': f'{start}.{name}', 'loss': {'type': kind}})
+                    found.append({'tap': f'{start}.{name}', 'loss': {'type': 'mmstructkd.PixelwiseKLLoss'}})
     if getattr(network, 'neck', None) is not None:
         found.append({'tap': 'neck[*]', 'loss': channel})
         found.append({'tap': 'neck', 'loss': channel})

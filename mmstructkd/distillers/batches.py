@@ -201,8 +201,8 @@ class Needs:
 def needs_of(network: nn.Module, cfg: Mapping[str, Any] | None = None) -> Needs:
     """Find out what the samples of a network must hold.
 
-    The train pipeline says whether it loads masks; without one, the names of the
-    network's modules do.
+    A network with a mask head needs masks; of any other the train pipeline says
+    whether it loads them, and without one the names of the network's modules.
 
     Args:
         network: a segmentor, depth estimator or detector.
@@ -212,13 +212,14 @@ def needs_of(network: nn.Module, cfg: Mapping[str, Any] | None = None) -> Needs:
         What they must hold.
     """
     kinds = {type(module).__name__ for module in network.modules()}
-    # the masks of whole boxes, not masked convolutions; and some assigners take masks wherever there are any
-    masks = bool(getattr(network, 'with_mask', False)) or any(re.search(r'Mask(?!ed)|Ins[A-Z]', kind) for kind in kinds)
+    # heads for masks, not masked convolutions; and not where none is asked for: some assigners take any that are there
+    masks = any(re.search(r'Mask(?!ed)|Ins[A-Z]', kind) for kind in kinds)
     steps = [] if cfg is None else _training_steps(cfg)
     loads = [step for step in steps if str(step['type']).rsplit('.', 1)[-1].startswith('Load')]
     asked = [step.get('with_mask', 'Panoptic' in str(step['type'])) for step in loads if 'Annot' in str(step['type'])]
     if asked and task_of(network) == 'det':
         masks = any(asked)
+    masks = masks or bool(getattr(network, 'with_mask', False))
     panoptic = getattr(network, 'panoptic_head', None)
     semantic = 0
     for head in (panoptic, getattr(network, 'semantic_head', None)):

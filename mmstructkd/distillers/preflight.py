@@ -290,6 +290,8 @@ def peak_factor(term: Term, cfg: Config) -> tuple[float, float]:
     train = cfg.get('train_cfg') or {}
     last = train.get('max_epochs' if term.schedule.by_epoch else 'max_iters') or train.get('max_iters') or 1
     steps = {round(last * number / 200) for number in range(201)} | {term.schedule.begin}
+    if term.schedule.type not in ('linear', 'cosine'):
+        steps = {step for step in steps if step < last}  # what begins at the end never does; those two hold before it
     return term.schedule.factor(0, last), max(term.schedule.factor(step, last) for step in steps)
 
 
@@ -444,8 +446,13 @@ def _try_batch(
         found, aside = _findings(report)
         problems += found
         notes += aside
+        if factors is not None and report.factor == 0 and report.loss_weight > 0:
+            problems.append(
+                f'term {term.name!r}: its schedule has the factor 0 during the whole training, although its weight is '
+                f'{report.loss_weight:g}. Let it begin earlier, or leave the term out.'
+            )
         if _says_nothing(report):
-            problems.append(_why_nothing(term, report, pairs, seen, planned=factors is not None))
+            problems.append(_why_nothing(term, report, pairs, seen))
         reports.append(report)
     task_loss = _number(task)
     if not math.isfinite(task_loss):
@@ -525,9 +532,7 @@ def _says_nothing(report: TermReport) -> bool:
     )
 
 
-def _why_nothing(
-    term: Term, report: TermReport, pairs: Sequence[tuple[Tensor, Tensor]], seen: Observation, *, planned: bool
-) -> str:
+def _why_nothing(term: Term, report: TermReport, pairs: Sequence[tuple[Tensor, Tensor]], seen: Observation) -> str:
     """Guess why a term has the value 0 and no gradient, the surest reasons first."""
     targets, maps = seen.targets, [level.student for level in report.levels]
     valid, boxes = targets.valid, targets.boxes
@@ -545,8 +550,6 @@ def _why_nothing(
         why = 'Its maps have one position, and a softmax over it is 1; tap a larger map'
     elif boxes is not None and not any(len(found) for found in boxes):
         why = 'No image of this batch has a box; try another batch'
-    elif planned and report.factor == 0:
-        why = 'Its schedule has the factor 0 during the whole training; begin earlier'
     return f'term {term.name!r}: its value and its gradient are 0 although its weight is {report.loss_weight:g}. {why}.'
 
 

@@ -16,6 +16,7 @@ from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from mmstructkd.connectors import build_connector
+from mmstructkd.connectors.tokens import grid_of
 from mmstructkd.distillers.depth_order import check_depth_order
 from mmstructkd.distillers.schedule import WeightSchedule
 from mmstructkd.distillers.targets import head_at, num_classes_of, point_targets, region_targets, repeat_targets
@@ -137,6 +138,7 @@ class Term(nn.Module):
         self.on_points = False  # whether the taps lie in a head that scores points of its own choice
         self.order: tuple[int, ...] | None = None  # the teacher's tensor for each of the student's
         self.branches = 1  # copies of the batch that the student trains on, see branches_of
+        self._input_size: tuple[int, int] | None = None  # of the probe
         self.levels: tuple[Level, ...] = ()
         self.log_keys: tuple[str, ...] = ()
         self.by_class = False  # whether class k of the student stands against class k of the teacher
@@ -375,6 +377,7 @@ class Term(nn.Module):
             print_log(f'term {self.name!r}: {note}', 'current', level=logging.WARNING)
         if not trained:
             self._looks = 0
+        self._input_size = targets.input_size
         joint = self._connector_class()
         self.joint = joint is not None and getattr(joint, 'joint', False)
         if not self.joint or len(self.tensors(student, teacher)[0]) > 1:
@@ -542,13 +545,23 @@ class Term(nn.Module):
 
     def _about_tokens(self, student: Tensor, teacher: Tensor) -> str:
         """How a transformer's tokens become what most losses take."""
-        sides = [name for name, tensor in (('student', student), ('teacher', teacher)) if tensor.dim() == 3]
+        sides = [
+            name
+            for name, tensor in (('student', student), ('teacher', teacher))
+            if tensor.dim() == 3 and self._covers_image(tensor.shape[1])
+        ]
         if not sides or self.on_regions:
             return ''
         return (
             f' The {" and the ".join(sides)} gave tokens (B, N, C): lay them out as a map with '
             "connector=dict(type='mmstructkd.TokensToMapConnector')."
         )
+
+    def _covers_image(self, count: int) -> bool:
+        """Whether so many tokens, with a class token or without, make a grid over the image; queries do not."""
+        if self._input_size is None:
+            return True
+        return any(grid_of(number, *self._input_size) is not None for number in (count, count - 1) if number > 0)
 
     def _check_images_first(self, side: str, taps: tuple[Tap, ...], records: Records, images: int) -> None:
         """Refuse what has another axis than the images first: layers of a decoder, or positions of a sequence."""

@@ -379,3 +379,18 @@ def test_as_a_command(run_tool: Callable, config: str) -> None:
     done = run_tool('check_config', config, '--synthetic', '--device', 'cpu', '--runs', '1')
     assert done.returncode == 0, done.stderr
     assert 'All is well.' in done.stdout
+
+
+def test_a_problem_is_printed_and_the_exit_code_is_1(
+    tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    student = toy_segmentor(4)
+    student.backbone.frozen_stages = 4
+    channel = dict(type='mmstructkd.ChannelwiseKLLoss')
+    terms = dict(cut=dict(tap='backbone[3]', loss=channel), pixel=toy_terms()['pixel'])
+    toy_config(toy_distiller(student=student, terms=terms), tmp_path / 'run').dump(tmp_path / 'cut.py')
+    assert tool.main([str(tmp_path / 'cut.py'), '--device', 'cpu', '--runs', '1', '--synthetic', '--random-init']) == 1
+    shown = capsys.readouterr().out
+    assert "PROBLEM  term 'cut': 'backbone[3]' lies in a frozen part of the student" in shown
+    assert '1 problem(s), see above.' in shown
+    assert 'All is well' not in shown
