@@ -21,7 +21,7 @@ MAY_IMPORT = {
     'structures': set(),
     'functional': {'errors', 'structures'},
     'registry': {'arguments', 'errors'},
-    'layers': {'errors'},
+    'layers': {'errors', 'arguments', 'registry'},
     'compat': {'errors'},
     'connectors': {'functional'},
     'temperatures': {'functional'},
