@@ -2,20 +2,23 @@
 
 :func:`install` puts all of them in place. It runs when the distillers are
 imported, and first of all in ``tools/train.py`` and ``tools/test.py``: a config
-with ``mmseg::`` bases is read before any ``custom_imports`` is. All of it may
-run any number of times.
+with ``mmseg::`` bases is read before any ``custom_imports`` is. Where the
+package is merely imported, this module is as soon as there is a runner, and with
+it runs :func:`patch_mmengine`: a plain config that names mmstructkd reads and
+writes as safely. All of it may run any number of times.
 """
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
-import hashlib
 import os
-import pickle
-import re
+import sys
 import tempfile
-import urllib.error
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
@@ -23,10 +26,7 @@ from typing import Any
 import mmengine.runner
 import mmengine.runner.checkpoint
 import mmengine.runner.runner
-import numpy as np
 import torch
-from mmcv.ops import RoIAlign
-from mmcv.ops.nms import NMSop
 from mmengine.config import Config
 from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.device import get_device
@@ -35,34 +35,46 @@ from mmengine.fileio import FileClient, LocalBackend, get_file_backend
 from mmengine.fileio.backends import BaseStorageBackend
 from mmengine.fileio.file_client import HardDiskBackend
 from mmengine.hooks import CheckpointHook
-from mmengine.logging import HistoryBuffer
 from mmengine.model import is_model_wrapper
-from mmengine.runner import Runner
+from mmengine.registry import WEIGHT_INITIALIZERS
+from mmengine.runner import FlexibleRunner, Runner
 from torch import nn
 
-from mmstructkd.errors import CheckpointError, ConfigError, suggest
+from mmstructkd.checkpoints import IN_CONFIG, allow_plain_types, consented, load_url, plain_types, read_file, trusts
+from mmstructkd.errors import ConfigError
 
 __all__ = [
+    'alone',
+    'config_at_hand',
+    'current_config',
     'install',
-    'local_checkpoint',
     'pad_value',
+    'patch_mmengine',
     'prepare_cpu_distributed',
-    'read_checkpoint',
     'swaps_channels',
+    'without_pretrained',
 ]
 
 # Marks a function that stands in front of one of mmengine's, so that no second one is put before it.
 _MARK = '_mmstructkd_wraps'
+_ASKS = '_mmstructkd_asks'
 
 
 def install() -> None:
     """Put every work-around of this module in place; again is harmless."""
     map_mmseg_configs()
-    allow_plain_types()
+    patch_mmengine()
+    let_cpu_ops_take_bf16()
+
+
+def patch_mmengine() -> None:
+    """Put those in place that change mmengine alone, for a process that need not have mmcv."""
+    read_safely()
+    ask_config_for_consent()
     save_atomically()
     remove_after_saving()
     let_models_prepare_runner()
-    let_cpu_ops_take_bf16()
+    let_models_see_config()
 
 
 # --- configs -------------------------------------------------------------------------------------------------
@@ -112,238 +124,88 @@ def pad_value(preprocessor: nn.Module) -> float:
 # --- reading checkpoints -------------------------------------------------------------------------------------
 
 
-def history_method(owner: Any, name: str) -> Callable:
-    """Stand in for ``getattr`` when a checkpoint is read: statistics of ``HistoryBuffer`` only.
+class _Torch(types.ModuleType):
+    """``torch`` as mmengine's reader of checkpoints sees it: ``load`` runs no code without consent."""
 
-    mmengine's message hub pickles its statistics methods, and Python pickles a
-    method as ``getattr(class, name)``. Allowing the real ``getattr`` would let
-    a file reach any attribute of any allowed object, and so run code.
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
 
-    Args:
-        owner: what the file takes the attribute from.
-        name: the attribute.
+    @staticmethod
+    def load(
+        f: Any, map_location: Any = None, pickle_module: Any = None, *, mmap: bool | None = None, **options: Any
+    ) -> Any:
+        """Read as :func:`~mmstructkd.checkpoints.read_file`; how else to read is not the caller's choice.
 
-    Returns:
-        The method of ``HistoryBuffer``.
+        Args:
+            f: path or open file.
+            map_location: as for ``torch.load``.
+            pickle_module: not used.
+            mmap: as for ``torch.load``.
+            **options: not used; ``weights_only=False`` is among them.
 
-    Raises:
-        pickle.UnpicklingError: it is anything else.
+        Returns:
+            The content.
+        """
+        content = read_file(f, map_location=map_location, mmap=mmap)
+        if _resuming.get() and isinstance(content, dict) and isinstance(content.get('meta'), dict):
+            # mmengine runs the text of a config that mmcv 1.x left there, to compare a number of GPUs.
+            content['meta'].pop('config', None)
+        return content
+
+
+# Whether a runner is about to resume, and so to use more of the file than its weights.
+_resuming: ContextVar[bool] = ContextVar('resuming', default=False)
+
+
+def read_safely() -> None:
+    """Let mmengine read every checkpoint as :mod:`mmstructkd.checkpoints` does.
+
+    On the onedl line it tries ``weights_only=True`` and falls back, with a
+    warning, to a load that runs what the file says; on the openmmlab line it
+    leaves the choice to torch, whose default before 2.6 is that load; and from
+    an address both read with ``weights_only=False``. All of it goes through
+    this one module: what runners load and resume from, ``init_cfg``,
+    ``pretrained``, and ``init_model`` and the like in the same process. Where
+    files come from stays as it is.
     """
-    if owner is not HistoryBuffer or name not in ('min', 'max', 'mean', 'current'):
-        raise pickle.UnpicklingError(f'GLOBAL getattr was not an allowed global by default. ({owner!r}, {name!r})')
-    return getattr(HistoryBuffer, name)
-
-
-def plain_types() -> list:
-    """Return what checkpoints of mmengine hold besides tensors, for ``weights_only=True``.
-
-    The message hub's buffers, and numpy arrays, scalars and dtypes, under the
-    module names of numpy 1 and of numpy 2. Nothing among it runs code.
-
-    Returns:
-        The entries for ``torch.serialization.add_safe_globals``.
-    """
-    # Under its old name numpy 2 warns; under its new one numpy 1 has none.
-    multiarray = np._core.multiarray if hasattr(np, '_core') else np.core.multiarray
-    numpy_functions = [
-        (function, f'numpy.{core}.multiarray.{function.__name__}')
-        for function in (multiarray._reconstruct, multiarray.scalar)
-        for core in ('core', '_core')
-    ]
-    kinds = ['bool', 'int8', 'int16', 'int32', 'int64', 'uint8', 'uint16', 'uint32', 'uint64']
-    kinds += ['float16', 'float32', 'float64', 'str', 'bytes']
-    dtypes = list(dict.fromkeys(type(np.dtype(kind)) for kind in kinds))
-    return [
-        HistoryBuffer,
-        (history_method, 'builtins.getattr'),
-        np.ndarray,
-        np.dtype,
-        slice,
-        *dtypes,
-        *numpy_functions,
-    ]
-
-
-def allow_plain_types() -> None:
-    """Let mmengine resume from its own checkpoints with ``weights_only=True``.
-
-    From torch 2.6 on that is the default. The openmmlab line then refuses its
-    message hub; the onedl line allows ``getattr`` for it, and for anything else
-    it meets it falls back, silently, to a load that runs what the file says.
-    With :func:`plain_types` allowed neither happens for a checkpoint of ours.
-    """
-    torch.serialization.add_safe_globals(plain_types())
-    if hasattr(mmengine.runner.checkpoint, 'get_torch_safe_globals'):
-        mmengine.runner.checkpoint.get_torch_safe_globals = plain_types
-
-
-def read_checkpoint(path: str | os.PathLike, *, trust: bool = False, map_location: Any = 'cpu') -> dict:
-    """Read a checkpoint without running what it may contain.
-
-    Args:
-        path: see :func:`local_checkpoint`.
-        trust: read a file that needs more than plain types; this runs whatever
-            code the file holds.
-        map_location: where tensors go, as for ``torch.load``.
-
-    Returns:
-        The content.
-
-    Raises:
-        CheckpointError: there is no such file; it is truncated, no checkpoint,
-            or a pointer of Git LFS; it needs a class or function that is not
-            allowed (named in the message); it holds something else than a dict.
-    """
-    file = local_checkpoint(path)
-    _check_looks_whole(file)
     allow_plain_types()
-    try:
-        content = torch.load(file, map_location=map_location, weights_only=not trust)
-    except pickle.UnpicklingError as err:
-        raise CheckpointError(_refusal(file, str(err), trust)) from err
-    except Exception as err:
-        # Damage shows in as many ways as there are places in a file: from here on it is all one error.
-        reason = (str(err).strip().splitlines() or [type(err).__name__])[0]
-        raise CheckpointError(
-            f'read_checkpoint: {str(file)!r} must be a whole checkpoint of torch, got one that cannot be read '
-            f'({type(err).__name__}: {reason}). It is truncated or damaged; copy or download it again.'
-        ) from err
-    if not isinstance(content, dict):
-        raise CheckpointError(
-            f'read_checkpoint: {str(file)!r} must hold a dict of weights, got {type(content).__name__}. '
-            'Save `model.state_dict()`, not the model itself.'
-        )
-    return content
+    module = mmengine.runner.checkpoint
+    if not isinstance(module.torch, _Torch):
+        module.torch = _Torch('torch')
+        module.load_url = load_url
+    if hasattr(module, 'get_torch_safe_globals'):
+        # Its list has getattr on it, which reaches any attribute of what is allowed.
+        module.get_torch_safe_globals = plain_types
 
 
-def _check_looks_whole(file: str) -> None:
-    """Raise the errors that a look at the first bytes can name better than torch."""
-    with open(file, 'rb') as stream:
-        head = stream.read(64)
-    if not head:
-        raise CheckpointError(f'read_checkpoint: {file!r} must be a checkpoint, got an empty file. Download it again.')
-    if head.startswith(b'version https://git-lfs.github.com/spec/'):
-        raise CheckpointError(
-            f'read_checkpoint: {file!r} must be a checkpoint, got a pointer of Git LFS. Run `git lfs pull` beside it.'
-        )
-    if head.lstrip()[:1] == b'<':
-        raise CheckpointError(
-            f'read_checkpoint: {file!r} must be a checkpoint, got a web page. The address leads to a page; '
-            'use the one of the file itself.'
-        )
-    # A zip archive (torch >= 1.6), a pickle of protocol 2 or later (before that), or a tar archive (before 0.1.10).
-    if not (head.startswith((b'PK\x03\x04', b'\x80')) or head[:60].rstrip(b'\0').startswith(b'sys_info')):
-        raise CheckpointError(
-            f'read_checkpoint: {file!r} must be a checkpoint of torch, got a file that begins with {head[:16]!r}. '
-            'Give the .pth file that training wrote.'
-        )
+def ask_config_for_consent() -> None:
+    """Let ``trust_checkpoint=True`` at the top of a config hold for what its runner reads, and for nothing else.
 
-
-def _refusal(file: str, reason: str, trust: bool) -> str:
-    """Say what a refused file asked for."""
-    asked = re.search(r'GLOBAL (\S+)', reason)
-    if asked is None or trust:
-        detail = reason.split('WeightsUnpickler error:')[-1].strip().splitlines()
-        return (
-            f'read_checkpoint: {file!r} must be a whole checkpoint of torch, got one that cannot be read '
-            f'({detail[0] if detail else "a damaged pickle"}). It is damaged, or needs more than weights; '
-            'download it again, or save only its `state_dict`.'
-        )
-    return (
-        f'read_checkpoint: {file!r} must hold weights and plain values only, got one that needs {asked[1]!r}, '
-        'which could run code. If you know who made it, read it with trust_checkpoint=True; '
-        'better, save only its `state_dict` in a new file.'
-    )
-
-
-def local_checkpoint(path: str | os.PathLike) -> str:
-    """Return the local file of a checkpoint, after downloading it where needed.
-
-    Names of the model zoos come from mmengine's own tables. A download appears
-    under its final name only when it is whole; the file is kept in torch's hub
-    folder, which mmengine uses as well. Each process of a distributed run may
-    download for itself.
-
-    Args:
-        path: local path (``~`` allowed), ``http(s)://``, ``file://``,
-            ``open-mmlab://name`` or ``torchvision://name``.
-
-    Returns:
-        Path of a file that exists.
-
-    Raises:
-        CheckpointError: there is no such file or name, or it cannot be fetched.
+    The runner reads while it builds its model, while it initialises, loads or
+    resumes; a second runner in the process has its own config.
     """
-    name = os.fspath(path)
-    scheme, separator, rest = name.partition('://')
-    if not separator or len(scheme) == 1:
-        return _existing(name)
-    if scheme in ('open-mmlab', 'openmmlab'):
-        table = mmengine.runner.checkpoint.get_external_models()
-        rest = mmengine.runner.checkpoint.get_deprecated_model_names().get(rest, rest)
-        target = _look_up(name, rest, table)
-        home = mmengine.runner.checkpoint._get_mmengine_home()
-        # The user's own table in that folder may name files beside it.
-        return _download(target) if '://' in target else _existing(os.path.join(home, target))
-    if scheme in ('torchvision', 'modelzoo'):
-        return _download(_look_up(name, rest, _torchvision_models()))
-    if scheme in ('http', 'https', 'file'):
-        return _download(name)
-    raise CheckpointError(
-        f'local_checkpoint: `path` must be a file, an http(s) address, open-mmlab://NAME or torchvision://NAME, '
-        f'got {name!r}. Download it and give the path.'
-    )
+    for runner in (Runner, FlexibleRunner):
+        for name in ('__init__', 'train', 'val', 'test', 'load_or_resume', 'load_checkpoint', 'resume'):
+            original = getattr(runner, name)
+            if not hasattr(original, _ASKS):
+                setattr(runner, name, _with_consent(original))
 
 
-def _existing(name: str) -> str:
-    path = Path(name).expanduser()
-    if path.is_dir():
-        raise CheckpointError(
-            f'local_checkpoint: `path` must be a file, got the folder {name!r}. Name the checkpoint in it.'
-        )
-    if not path.is_file():
-        beside = sorted(p.name for p in path.parent.glob('*.pth')) if path.parent.is_dir() else []
-        hint = suggest(path.name, beside) if beside else 'There is no .pth file in that folder.'
-        raise CheckpointError(f'local_checkpoint: `path` must be a file that exists, got {name!r}. {hint}')
-    return str(path)
+def _with_consent(original: Callable) -> Callable:
+    building, resumes = original.__name__ == '__init__', original.__name__ == 'resume'
 
-
-def _look_up(name: str, key: str, table: dict[str, str]) -> str:
-    if key not in table:
-        raise CheckpointError(
-            f"local_checkpoint: `path` must name a model of mmengine's table, got {name!r}. {suggest(key, table)}"
-        )
-    return table[key]
-
-
-def _torchvision_models() -> dict[str, str]:
-    try:
-        return mmengine.runner.checkpoint.get_torchvision_models()
-    except ImportError:
-        # There is no build of torchvision for every torch; the table of its release 0.12 comes with mmengine.
-        return mmengine.load(str(Path(mmengine.__file__).parent / 'hub' / 'torchvision_0.12.json'))
-
-
-def _download(url: str) -> str:
-    file_name = url.split('?')[0].rstrip('/').rsplit('/', 1)[-1]
-    if not re.search(r'-[0-9a-f]{8,}\.\w+$', file_name):
-        # Only a name with a hash in it stands for one content: every other is kept apart by its address.
-        file_name = f'{hashlib.sha256(url.encode()).hexdigest()[:12]}-{file_name}'
-    target = Path(torch.hub.get_dir(), 'checkpoints', file_name)
-    if not target.is_file():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        part = _beside(target)
+    @functools.wraps(original)
+    def method(self: Runner, *args: Any, **kwargs: Any) -> Any:
+        cfg = kwargs.get('cfg') if building else self.cfg
+        token = _resuming.set(resumes or _resuming.get())
         try:
-            torch.hub.download_url_to_file(url, str(part), progress=os.isatty(2))
-            part.replace(target)
-        except (urllib.error.URLError, OSError, ValueError) as err:
-            raise CheckpointError(
-                f'local_checkpoint: {url!r} must be reachable, got {type(err).__name__}: {err}. '
-                'Download it elsewhere and give the path.'
-            ) from err
+            with consented(trusts(cfg or {}), IN_CONFIG):
+                return original(self, *args, **kwargs)
         finally:
-            part.unlink(missing_ok=True)
-    return str(target)
+            _resuming.reset(token)
+
+    setattr(method, _ASKS, original)
+    return method
 
 
 # --- writing checkpoints -------------------------------------------------------------------------------------
@@ -455,7 +317,10 @@ def remove_after_saving() -> None:
 def _removing_later(original: Callable) -> Callable:
     @functools.wraps(original)
     def method(self: CheckpointHook, *args: Any, **kwargs: Any) -> None:
-        backend = self.file_backend
+        backend = getattr(self, 'file_backend', None)
+        if backend is None:  # of a validation alone, which saves nothing: the hook gets it when a training begins
+            original(self, *args, **kwargs)
+            return
         later = self.file_backend = _RemoveLater(backend)
         try:
             original(self, *args, **kwargs)
@@ -497,6 +362,50 @@ def let_models_prepare_runner() -> None:
     Runner.register_hooks = register_hooks
 
 
+_CONFIG: contextvars.ContextVar[Any] = contextvars.ContextVar('config', default=None)
+
+
+def current_config() -> Any:
+    """Return the config of the run whose model is built now; ``None`` outside of that."""
+    return _CONFIG.get()
+
+
+@contextlib.contextmanager
+def config_at_hand(cfg: Any) -> Iterator[None]:
+    """Let a model that is built meanwhile see the whole config.
+
+    Args:
+        cfg: the config.
+
+    Yields:
+        Nothing.
+    """
+    token = _CONFIG.set(cfg)
+    try:
+        yield
+    finally:
+        _CONFIG.reset(token)
+
+
+def let_models_see_config() -> None:
+    """Hold the config ready while a runner builds its model.
+
+    mmengine builds a model from its own part of the config. A distiller tries
+    its networks at the size that the train pipeline makes, which stands beside.
+    """
+    original = Runner.build_model
+    if hasattr(original, _MARK):
+        return
+
+    @functools.wraps(original)
+    def build_model(self: Runner, *args: Any, **kwargs: Any) -> Any:
+        with config_at_hand(self.cfg):
+            return original(self, *args, **kwargs)
+
+    setattr(build_model, _MARK, original)
+    Runner.build_model = build_model
+
+
 def let_cpu_ops_take_bf16() -> None:
     """Compute RoIAlign and NMS in float32 where bfloat16 meets a CPU.
 
@@ -505,6 +414,9 @@ def let_cpu_ops_take_bf16() -> None:
     found BFloat16``). RoIAlign's result has the dtype of its input; CUDA is
     left alone.
     """
+    from mmcv.ops import RoIAlign
+    from mmcv.ops.nms import NMSop
+
     pool, suppress = RoIAlign.forward, NMSop.forward
     if hasattr(pool, _MARK):
         return
@@ -575,3 +487,75 @@ def prepare_cpu_distributed(cfg: Config, launcher: str) -> None:
         }
     wrapper.setdefault('device_ids', None)
     cfg.model_wrapper_cfg = wrapper
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Let the code of networks believe that there is one process only.
+
+    A probe runs on the CPU, where NCCL can reduce nothing: the losses of mmdet
+    average their denominators over the processes, and synchronised BatchNorm
+    its statistics. All ask ``torch.distributed.is_initialized``. Every process
+    probes the same, so that none waits for another meanwhile.
+
+    Yields:
+        Nothing.
+    """
+    asked = torch.distributed.is_initialized
+    torch.distributed.is_initialized = lambda: False
+    try:
+        yield
+    finally:
+        torch.distributed.is_initialized = asked
+
+
+@contextlib.contextmanager
+def without_pretrained() -> Iterator[None]:
+    """Build and initialise networks without reading any weights.
+
+    A config can be cleared of what names weights; modules that name them in
+    their code cannot. mmengine's ``Pretrained`` initialisers do nothing here,
+    and whatever else would read a checkpoint is an error that names it. What
+    Hugging Face's packages load (text encoders, their tokenisers) must lie in
+    their cache already.
+
+    Yields:
+        Nothing.
+    """
+    loader = mmengine.runner.checkpoint.CheckpointLoader
+    kept = {kind: kind.__call__ for name, kind in WEIGHT_INITIALIZERS.module_dict.items() if name.startswith('Pretr')}
+    read = loader.__dict__['load_checkpoint']
+    fetch = torch.hub.load_state_dict_from_url
+    hub = sys.modules.get('huggingface_hub.constants')  # read from the environment once, when it is imported
+    offline = {name: os.environ.get(name) for name in ('HF_HUB_OFFLINE', 'TRANSFORMERS_OFFLINE')}
+    was_offline = getattr(hub, 'HF_HUB_OFFLINE', None)
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        named = next((value for value in (*args, *kwargs.values()) if isinstance(value, (str, os.PathLike))), '?')
+        raise ConfigError(
+            f'without_pretrained: a network must be built without reading weights, got one that asks for '
+            f'{os.fspath(named)!r} in its code. Give it these weights (leave --random-init out), or set the argument '
+            'that names them to None in its config.'
+        )
+
+    try:
+        for kind in kept:
+            kind.__call__ = lambda self, module: None
+        loader.load_checkpoint = staticmethod(refuse)
+        torch.hub.load_state_dict_from_url = refuse
+        os.environ.update(dict.fromkeys(offline, '1'))
+        if hub is not None:
+            hub.HF_HUB_OFFLINE = True
+        yield
+    finally:
+        if hub is not None:
+            hub.HF_HUB_OFFLINE = was_offline
+        for name, value in offline.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+        for kind, call in kept.items():
+            kind.__call__ = call
+        loader.load_checkpoint = read
+        torch.hub.load_state_dict_from_url = fetch
+
+
+patch_mmengine()  # see the package's own docstring: who imports it gets the promises that concern mmengine alone

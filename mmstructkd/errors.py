@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import difflib
 import math
-import reprlib
 from collections.abc import Collection, Sequence
 from numbers import Real
 from typing import TYPE_CHECKING, Any
@@ -36,6 +35,7 @@ __all__ = [
     'check_positive',
     'check_same',
     'check_seed',
+    'check_some_weight',
     'is_count',
     'is_finite_number',
     'shown',
@@ -63,21 +63,6 @@ class CheckpointError(RuntimeError):
     """A checkpoint that cannot be read, is not trusted, or does not fit."""
 
 
-_short = reprlib.Repr()
-_short.maxstring = _short.maxother = 120
-_short.maxdict = _short.maxlist = _short.maxtuple = 8
-
-
-def shown(value: object) -> str:
-    """Write a value for a message; a long one is abbreviated.
-
-    Example:
-        >>> shown([1, '2']), len(shown('x' * 1000)) < 130
-        ("[1, '2']", True)
-    """
-    return _short.repr(value)
-
-
 def suggest(name: str, known: Collection[str]) -> str:
     """Return a sentence with the known names nearest to ``name``.
 
@@ -97,6 +82,28 @@ def suggest(name: str, known: Collection[str]) -> str:
     shown = sorted(known)
     listing = ', '.join(repr(n) for n in shown[:12])
     return f'Known: {listing}' + (f', and {len(shown) - 12} more.' if len(shown) > 12 else '.')
+
+
+def shown(value: Any, limit: int = 200) -> str:
+    """Return ``value`` as it is put into a message: on one line, and not the whole of a network or config.
+
+    Args:
+        value: what was got.
+        limit: characters after which it is cut.
+
+    Returns:
+        Its ``repr``; of a module its class, of another object whose ``repr``
+        has several lines the first of them.
+
+    Example:
+        >>> shown('a'), shown({'a': [1, 2]})
+        ("'a'", "{'a': [1, 2]}")
+    """
+    if hasattr(value, 'named_modules') and not isinstance(value, type):
+        return f'a built {type(value).__name__}'
+    lines = repr(value).splitlines() or ['']
+    cut = len(lines) > 1 or len(lines[0]) > limit
+    return lines[0][:limit].rstrip() + (' ...' if cut else '')
 
 
 def check_one_of(owner: str, argument: str, value: Any, allowed: Collection[Any]) -> None:
@@ -178,6 +185,23 @@ def check_positive(owner: str, argument: str, value: Any) -> None:
     """Raise :class:`ConfigError` unless ``value`` is a finite number above zero."""
     if not is_finite_number(value) or value <= 0:
         raise ConfigError(f'{owner}: `{argument}` must be a finite number above 0, got {shown(value)}.')
+
+
+def check_some_weight(owner: str, **weights: float) -> None:
+    """Raise :class:`ConfigError` unless each weight is finite and at least 0, and one of them is above 0.
+
+    Args:
+        owner: who asks, for the message.
+        **weights: the weights of the parts of a sum, by argument.
+    """
+    for name, value in weights.items():
+        check_finite_number(owner, name, value, minimum=0)
+    if not any(weights.values()):
+        names = ', '.join(f'`{name}`' for name in weights)
+        raise ConfigError(
+            f'{owner}: one of {names} must be above 0, got 0 for all: nothing would be compared. '
+            'Set loss_weight=0 to switch the loss off.'
+        )
 
 
 def check_ndim(owner: str, argument: str, tensor: Tensor, ndim: int | Sequence[int], layout: str) -> None:

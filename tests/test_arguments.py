@@ -31,7 +31,7 @@ from torch import nn
 from mmstructkd import registry
 from mmstructkd.arguments import check_call, checked
 from mmstructkd.connectors import Connector
-from mmstructkd.distillers import WeightSchedule
+from mmstructkd.distillers.schedule import WeightSchedule
 from mmstructkd.distillers.teacher import TeacherSource
 from mmstructkd.errors import CheckpointError, ConfigError, ShapeError, check_count
 from mmstructkd.losses import DistillLoss

@@ -21,7 +21,7 @@ from rich.text import Text
 
 from mmstructkd import compat
 from mmstructkd.distillers import StructuredDistiller
-from mmstructkd.distillers.batches import input_size, real_batch, synthetic_batch
+from mmstructkd.distillers.batches import input_size, needs_of, real_batch, synthetic_batch, training_info
 from mmstructkd.distillers.preflight import (
     CostReport,
     Trial,
@@ -47,6 +47,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--runs', type=int, default=3, help='runs behind each median time; 0 measures no cost')
     parser.add_argument(
         '--random-init', action='store_true', help='do not load (and download) what the student would start from'
+    )
+    parser.add_argument(
+        '--trust-checkpoint',
+        action='store_true',
+        help='read what the student starts from (load_from, init_cfg) though it needs more than weights; may run code',
     )
     args = parser.parse_args(argv)
     if args.size is not None and not args.synthetic:
@@ -78,6 +83,8 @@ def check(args: argparse.Namespace, console: Console) -> bool:
         raise ConfigError(f'check_config: `config` must be a readable config, got {args.config!r} ({err}).') from err
     if args.cfg_options is not None:
         cfg.merge_from_dict(args.cfg_options)
+    if args.trust_checkpoint:
+        cfg.trust_checkpoint = True
     device = args.device or ('cuda' if torch.cuda.is_available() else 'cpu')
     if device == 'cuda' and not torch.cuda.is_available():
         raise ConfigError("check_config: `--device` must be one that this machine has, got 'cuda'. Use cpu.")
@@ -86,20 +93,24 @@ def check(args: argparse.Namespace, console: Console) -> bool:
     if args.synthetic:
         size = tuple(args.size) if args.size else input_size(cfg, distiller)
         images = args.batch_size or (cfg.get('train_dataloader') or {}).get('batch_size') or 2
-        batch = synthetic_batch(distiller, size, images)
+        batch = synthetic_batch(distiller, size, images, needs=needs_of(distiller.student, cfg))
     else:
         batch = real_batch(cfg, distiller, batch_size=args.batch_size)
     factors = {name: peak_factor(term, cfg) for name, term in distiller.terms.items()}
     for name, term in distiller.terms.items():
         term.factor = factors[name][1]
 
-    trial = try_batch(distiller, batch, factors)
+    with training_info(cfg):
+        trial = try_batch(distiller, batch, factors)
+        cost = measure_cost(distiller, batch, runs=args.runs) if args.runs else None
     print_head(console, args, distiller, trial, device)
     print_taps(console, trial)
     print_losses(console, trial)
     print_parameters(console, trial)
-    if args.runs:
-        print_cost(console, measure_cost(distiller, batch, runs=args.runs))
+    if cost is not None:
+        print_cost(console, cost)
+    for note in trial.notes:
+        say(console, f'note  {note}')
     for problem in trial.problems:
         say(console, f'PROBLEM  {problem}')
     say(console, 'All is well.' if not trial.problems else f'{len(trial.problems)} problem(s), see above.')

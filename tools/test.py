@@ -28,6 +28,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--out', help='folder for the predictions in the format of the benchmark, offline evaluation')
     parser.add_argument('--show-dir', help='folder for drawn predictions')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, help='overrides, key=value')
+    parser.add_argument(
+        '--trust-checkpoint', action='store_true', help='read checkpoints that need more than weights; may run code'
+    )
     parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none', help='job launcher')
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
     args = parser.parse_args()
@@ -46,6 +49,8 @@ def main() -> None:
     cfg.launcher = args.launcher
     if args.cfg_options is not None:
         cfg.merge_from_dict(args.cfg_options)
+    if args.trust_checkpoint:
+        cfg.trust_checkpoint = True
     cfg = student_config(cfg)
     if args.work_dir is not None:
         cfg.work_dir = args.work_dir

@@ -37,6 +37,9 @@ def parse_args() -> argparse.Namespace:
         action=DictAction,
         help='overrides, key=value, e.g. model.terms.pairwise.loss.loss_weight=5',
     )
+    parser.add_argument(
+        '--trust-checkpoint', action='store_true', help='read checkpoints that need more than weights; may run code'
+    )
     parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none', help='job launcher')
     # torch.distributed.launch passes --local-rank or --local_rank.
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
@@ -65,6 +68,8 @@ def main() -> None:
     cfg.launcher = args.launcher
     if args.cfg_options is not None:
         cfg.merge_from_dict(args.cfg_options)
+    if args.trust_checkpoint:
+        cfg.trust_checkpoint = True
     if args.work_dir is not None:
         cfg.work_dir = args.work_dir
     elif cfg.get('work_dir') is None:

@@ -11,6 +11,7 @@ from torch.func import functional_call
 from mmstructkd.connectors.base import MAX_KERNEL, Connector, check_input, check_width
 from mmstructkd.errors import ConfigError, ShapeError, TapError, check_count, suggest
 from mmstructkd.layers import check_layers
+from mmstructkd.randomness import own_stream
 from mmstructkd.registry import MODELS
 
 __all__ = ['TeacherHeadConnector']
@@ -42,8 +43,9 @@ class TeacherHeadConnector(Connector):
     with ``head='decode_head.conv_seg'``. Differs from the authors' code, which
     works on one vector an image: here every position is read.
 
-    The head runs in eval (no dropout, running statistics) and with its
-    parameters frozen; the gradient passes through it to the student. It stays
+    The head runs in eval (no dropout, running statistics), with its parameters
+    frozen, and draws what random numbers it needs from the teacher's own stream
+    of the step, not from the student's; the gradient passes through it to the student. It stays
     the teacher's: in no ``parameters()``, no ``state_dict()``, no copy; a
     pickled connector has to be attached again.
 
@@ -105,6 +107,16 @@ class TeacherHeadConnector(Connector):
         }
         self.projection: nn.Module | None = None
         self._borrowed = _Borrowed()
+        self._step = 0
+
+    def set_progress(self, step: int, last: int) -> None:
+        """Follow the training, for the random stream.
+
+        Args:
+            step: iterations done so far.
+            last: those of the whole training.
+        """
+        self._step = step
 
     def attach(self, network: nn.Module) -> None:
         """Take the head from the teacher's network, and build the projection to its width.
@@ -157,7 +169,8 @@ class TeacherHeadConnector(Connector):
             module.training = False
         try:
             frozen = {name: parameter.detach() for name, parameter in head.named_parameters()}
-            out = functional_call(head, frozen, (feature,))
+            with own_stream(feature.device, self._step):
+                out = functional_call(head, frozen, (feature,))
         finally:
             for module in training:
                 module.training = True

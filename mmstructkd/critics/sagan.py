@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.parametrizations import spectral_norm
 
+from mmstructkd.critics.input_norm import JointBatchNorm
 from mmstructkd.errors import ConfigError, ShapeError, check_count, check_flag, check_ndim, is_count
 from mmstructkd.registry import MODELS
 
@@ -64,38 +65,6 @@ class SpatialSelfAttention(nn.Module):
         return out
 
 
-class _InputBatchNorm(nn.Module):
-    """BatchNorm over the channels of the maps.
-
-    Not a subclass of torch's: ``sync_bn`` would turn that into SyncBatchNorm,
-    which has no second derivative, and the gradient penalty would fail.
-    """
-
-    running_mean: Tensor
-    running_var: Tensor
-
-    def __init__(self, channels: int, momentum: float = 0.1, eps: float = 1e-5) -> None:
-        super().__init__()
-        self.momentum = momentum
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(channels))
-        self.bias = nn.Parameter(torch.zeros(channels))
-        self.register_buffer('running_mean', torch.zeros(channels))
-        self.register_buffer('running_var', torch.ones(channels))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return functional.batch_norm(
-            x,
-            self.running_mean,
-            self.running_var,
-            self.weight,
-            self.bias,
-            training=self.training,
-            momentum=self.momentum,
-            eps=self.eps,
-        )
-
-
 @MODELS.register_module()
 class SAGANCritic(nn.Module):
     """Scores whole maps: how much they look like the teacher's.
@@ -122,7 +91,8 @@ class SAGANCritic(nn.Module):
             0: not conditional.
         base_channels: width of the first block; each next one doubles it.
         batch_norm: normalise the map's channels first. In training the
-            statistics are those of the batch, teacher and student apart.
+            statistics are those of the batch over all processes
+            (:class:`~mmstructkd.critics.JointBatchNorm`), teacher and student apart.
         size: work at this size, a side or (h, w), each at least 64. ``None``:
             at the map's own, within the bounds above.
         max_side: the longest side that is taken as it is, at least 65.
@@ -173,7 +143,7 @@ class SAGANCritic(nn.Module):
         self.size = _as_size(owner, size)
 
         widths = [base_channels * factor for factor in (1, 2, 4, 8)]
-        self.input_norm = _InputBatchNorm(in_channels) if batch_norm else nn.Identity()
+        self.input_norm = JointBatchNorm(in_channels) if batch_norm else nn.Identity()
         self.block1 = self._make_block(in_channels + image_channels, widths[0])
         self.block2 = self._make_block(widths[0], widths[1])
         self.block3 = self._make_block(widths[1], widths[2])

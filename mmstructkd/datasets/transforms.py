@@ -37,6 +37,9 @@ class LoadScene(LoadImageFromFile):
         ConfigError: an unknown colour type or decoder.
     """
 
+    #: What mmcv's loader needs behind it to leave the same keys; for configs without this package.
+    plain_after = (dict(type='Resize', scale_factor=1.0),)
+
     def __init__(self, *, color_type: str = 'color', imdecode_backend: str = 'cv2', **kwargs: Any) -> None:
         check_one_of(type(self).__name__, 'color_type', color_type, COLOR_TYPES)
         check_one_of(type(self).__name__, 'imdecode_backend', imdecode_backend, DECODERS)
@@ -46,7 +49,10 @@ class LoadScene(LoadImageFromFile):
         """Add the image to ``results``."""
         scene = results.get('scene')
         if scene is None:
-            return super().transform(results)
+            loaded = super().transform(results)
+            if loaded is not None:
+                loaded.setdefault('scale_factor', (1.0, 1.0))
+            return loaded
         # a copy: the scene may be cached, and transforms write into the image
         image = scene.image.astype(np.float32) if self.to_float32 else scene.image.copy()
         results['img'] = image

@@ -13,8 +13,8 @@ from mmcv.cnn.bricks import wrappers
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
-from mmstructkd.errors import ConfigError, check_one_of
-from mmstructkd.taps import Regions, Tap, in_region_head, run_tapped, tapped_forward
+from mmstructkd.errors import check_flag, check_one_of
+from mmstructkd.taps import Regions, Tap, in_features, in_region_head, run_tapped, tapped_forward
 
 __all__ = ['DTYPES', 'Execution']
 
@@ -24,8 +24,6 @@ DTYPES = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 # Autocast runs these in low precision whatever follows. Subclasses may use their weights for more than that.
 CAST = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear)
 CAST += (wrappers.Conv2d, wrappers.Conv3d, wrappers.ConvTranspose2d, wrappers.ConvTranspose3d, wrappers.Linear)
-FEATURES = ('backbone', 'neck')
-
 Records = dict[Tap, list[Tensor]]
 
 
@@ -66,10 +64,8 @@ class _Listening(nn.Module):
     def forward(self, inputs: Tensor) -> list[tuple[int, Tensor]]:
         """Return each tapped tensor with the number of its tap."""
         self._found = []  # anew, not cleared: the compiler would ask how long it was
-        if all(tap.module.split('.')[0] in FEATURES for tap in self.taps):
-            self.network.extract_feat(inputs)
-        else:
-            run_tapped(self.network, inputs, None, self.taps)
+        route = 'features' if all(in_features(tap) for tap in self.taps) else 'tensor'
+        run_tapped(self.network, inputs, None, self.taps, route=route)
         found, self._found = self._found, []
         return found
 
@@ -95,9 +91,9 @@ class Execution:
     def __init__(self, *, dtype: str | None = None, channels_last: bool | None = None, compiled: bool = False) -> None:
         if dtype is not None:
             check_one_of('FrozenTeacher', 'dtype', dtype, tuple(DTYPES))
-        for name, flag in (('channels_last', channels_last), ('compile', compiled)):
-            if not (isinstance(flag, bool) or (flag is None and name == 'channels_last')):
-                raise ConfigError(f'FrozenTeacher: `{name}` must be True or False, got {flag!r}.')
+        if channels_last is not None:
+            check_flag('FrozenTeacher', 'channels_last', channels_last)
+        check_flag('FrozenTeacher', 'compile', compiled)
         self.dtype, self.compiled = dtype, compiled
         self.channels_last = self.low is not None if channels_last is None else channels_last
         self._cast: nn.Module | None = None
@@ -144,6 +140,7 @@ class Execution:
         calls: Mapping[Tap, int],
         clone: Iterable[Tap] = (),
         regions: Regions | None = None,
+        route: str = 'tensor',
     ) -> Records:
         """Return the tensors at ``taps``, at least float32, without graph.
 
@@ -155,6 +152,7 @@ class Execution:
             calls: how often each is passed.
             clone: taps recorded as a copy.
             regions: what a RoI head pools.
+            route: how the network is run, see :mod:`mmstructkd.taps.forward`.
 
         Returns:
             For each tap its tensors in the order of the calls.
@@ -163,16 +161,15 @@ class Execution:
         if self.channels_last:
             inputs = inputs.contiguous(memory_format=torch.channels_last)
         with torch.no_grad(), self.autocast(inputs.device):
-            records = self._run_compiled(network, inputs, taps, frozenset(clone))
+            compiles = route in ('features', 'tensor')
+            records = self._run_compiled(network, inputs, taps, frozenset(clone)) if compiles else None
             if records is None:
                 prepared = self._prepared(network)
                 capture = tapped_forward(
-                    prepared, inputs, data_samples, taps, calls=calls, clone=clone, regions=regions
+                    prepared, inputs, data_samples, taps, calls=calls, clone=clone, regions=regions, route=route
                 )
                 records = capture.records
-        if self.low is None:
-            return records
-        # Connectors that take the teacher's side, and resizing, are no place for half precision.
+        # Connectors that take the teacher's side, and resizing, are no place for half precision, whoever asked for it.
         return {tap: [_at_least_float32(tensor) for tensor in tensors] for tap, tensors in records.items()}
 
     def _prepared(self, network: nn.Module) -> nn.Module:

@@ -7,16 +7,18 @@ statistics move, and random numbers are drawn, as in a few training steps.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from mmengine.config import Config
+from mmengine.logging import print_log
 from mmengine.model import BaseModel
 from mmengine.registry import init_default_scope
 from mmengine.runner import set_random_seed
@@ -24,9 +26,14 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from mmstructkd import compat
+from mmstructkd.checkpoints import IN_CONFIG, consented, read_checkpoint, trusts
+from mmstructkd.distillers.batches import training_info
+from mmstructkd.distillers.class_names import check_class_names, names_of_config, names_of_teacher
 from mmstructkd.distillers.loading import DISTILLER, _drop_pretrained
+from mmstructkd.distillers.probing import explain_cut
 from mmstructkd.distillers.structured_distiller import Observation, StructuredDistiller
 from mmstructkd.distillers.term import Term
+from mmstructkd.distillers.weights import tensors_in
 from mmstructkd.errors import CheckpointError, ConfigError, TapError
 from mmstructkd.registry import MODELS
 
@@ -61,6 +68,8 @@ class LevelReport:
         term_gradient: norm of the gradient of the weighted term with respect
             to the student's tensor; ``None`` where that needs no gradient.
         task_gradient: norm of the gradient of the task's losses there.
+        cut: why no gradient leaves the tap, see
+            :attr:`~mmstructkd.taps.Capture.cut`; ``None``: one does.
     """
 
     student_tap: str
@@ -72,6 +81,7 @@ class LevelReport:
     connector: str
     term_gradient: float | None
     task_gradient: float | None
+    cut: str | None = None
 
     @property
     def share(self) -> float | None:
@@ -129,6 +139,7 @@ class Trial:
             reach, by owner: ``'student'`` or ``"term '...'"``.
         zero_gradient: as above, reached by a gradient that is all zero.
         problems: what must be mended before training, in words.
+        notes: what is worth knowing, in words.
     """
 
     images: int
@@ -139,6 +150,7 @@ class Trial:
     without_gradient: Mapping[str, list[str]]
     zero_gradient: Mapping[str, list[str]]
     problems: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -229,10 +241,28 @@ def build_distiller(cfg: Config, *, random_init: bool = False) -> StructuredDist
     if random_init and isinstance(model.get('student'), Mapping):
         _drop_pretrained(model.student)
     set_random_seed((cfg.get('randomness') or {}).get('seed') or 0)
-    distiller = MODELS.build(model)
-    distiller.init_weights()
-    if cfg.get('load_from') and not random_init:
-        _load_from(distiller, cfg.load_from)
+    with consented(trusts(cfg), IN_CONFIG), compat.without_pretrained() if random_init else contextlib.nullcontext():
+        try:
+            with compat.config_at_hand(cfg):
+                distiller = MODELS.build(model)
+        except OSError as err:
+            if not random_init:
+                raise
+            reason = (str(err).strip().splitlines() or [''])[0]
+            raise ConfigError(
+                f'{OWNER}: a network must be built without downloads with --random-init, got one that needs files '
+                f'({reason}). Put them into the cache first, e.g. by building it once without --random-init.'
+            ) from err
+        check_class_names(distiller.terms.values(), names_of_config(cfg), names_of_teacher(distiller.teacher))
+        try:
+            distiller.init_weights()
+        except (AttributeError, KeyError, TypeError) as err:
+            if not random_init:
+                raise
+            # some networks have an initialiser only for the weights that were left out
+            print_log(f'The student stays as it was built: {type(err).__name__}: {err}', 'current', level=30)
+        if cfg.get('load_from') and not random_init:
+            _load_from(distiller, cfg.load_from)
     if getattr(distiller.teacher, 'cache', None) is not None:
         distiller.teacher.cache = None  # nothing is written here, and what the teacher costs is asked
     return distiller.train()
@@ -240,9 +270,7 @@ def build_distiller(cfg: Config, *, random_init: bool = False) -> StructuredDist
 
 def _load_from(distiller: StructuredDistiller, path: str) -> None:
     """Load the weights that training would start from, as leniently as mmengine does."""
-    content = compat.read_checkpoint(path)
-    weights = content.get('state_dict', content)
-    weights = {key.removeprefix('module.'): value for key, value in weights.items()}
+    weights = tensors_in(read_checkpoint(path), OWNER, path)
     try:
         distiller.load_state_dict(weights, strict=False)
     except RuntimeError as err:
@@ -344,9 +372,23 @@ def try_batch(
         TapError: a tap is not reached in training.
         ShapeError: a loss cannot take these shapes.
     """
-    inputs, samples = batch['inputs'], batch['data_samples']
+    with training_info():
+        return _try_batch(distiller, batch, factors)
+
+
+def _fresh(batch: Mapping[str, Any]) -> tuple[Tensor, Any]:
+    """The inputs of a batch, and samples of its own for each run: some detectors change theirs."""
+    return batch['inputs'], copy.deepcopy(batch['data_samples'])
+
+
+def _try_batch(
+    distiller: StructuredDistiller, batch: Mapping[str, Any], factors: Mapping[str, tuple[float, float]] | None
+) -> Trial:
+    """:func:`try_batch`, where the message hub knows what it knows in training."""
+    inputs, samples = _fresh(batch)
     terms: list[Term] = list(distiller.terms.values())
     problems: list[str] = []
+    notes: list[str] = []
     losses, seen = distiller.observe(inputs, samples, terms)
     capture, cloned = seen.capture, distiller._clone
     task, logged = distiller.student.parse_losses(losses)
@@ -368,6 +410,7 @@ def try_batch(
         key = f'loss_kd_{term.name}'
         raw, weight = scored[key], term.loss.loss_weight * factor
         edges = [_edge(tensor, tap in cloned) for tap in term.student_taps for tensor in capture.records[tap]]
+        cuts = [capture.cut.get(tap) for tap in term.student_taps for _ in capture.records[tap]]
         term_norms = [None if norm is None else norm * weight for norm in _norms(raw, edges)]
         task_norms = _norms(task, edges)
         levels = tuple(
@@ -381,9 +424,10 @@ def try_batch(
                 level.connector,
                 term_norm,
                 task_norm,
+                cut if term_norm is None else None,
             )
-            for level, (feat_s, feat_t), term_norm, task_norm in zip(
-                term.levels, pairs, term_norms, task_norms, strict=True
+            for level, (feat_s, feat_t), term_norm, task_norm, cut in zip(
+                term.levels, pairs, term_norms, task_norms, cuts, strict=True
             )
         )
         objectives = {name[len(key) + 1 :]: _number(value) for name, value in scored.items() if name != key}
@@ -397,14 +441,19 @@ def try_batch(
             objectives,
             levels,
         )
-        problems += _problems(report)
+        found, aside = _findings(report)
+        problems += found
+        notes += aside
+        if _says_nothing(report):
+            problems.append(_why_nothing(term, report, pairs, seen, planned=factors is not None))
         reports.append(report)
     task_loss = _number(task)
     if not math.isfinite(task_loss):
         problems.append(f'The loss of the task is {task_loss}.')
     del task, losses, seen, capture, pairs, scored, raw, edges  # the graph goes before the next step makes another
 
-    without, zero = _unreached(distiller, batch)
+    with _silenced([term for term, report in zip(terms, reports, strict=True) if _is_cut(report)]):
+        without, zero = _unreached(distiller, batch)
     return Trial(
         images=int(inputs.shape[0]),
         size=size,
@@ -414,31 +463,97 @@ def try_batch(
         without_gradient=without,
         zero_gradient=zero,
         problems=tuple(problems),
+        notes=tuple(notes),
     )
 
 
-def _problems(report: TermReport) -> list[str]:
-    """What is wrong with a term."""
-    found = []
+def _is_cut(report: TermReport) -> bool:
+    """Whether training would stop at this term, because no gradient leaves one of its taps."""
+    return any(level.cut is not None for level in report.levels)
+
+
+@contextlib.contextmanager
+def _silenced(terms: Sequence[Term]) -> Iterator[None]:
+    """Leave terms out for a while, so that the rest of the step can be looked at."""
+    factors = [term.factor for term in terms]
+    try:
+        for term in terms:
+            term.factor = 0.0
+        yield
+    finally:
+        for term, factor in zip(terms, factors, strict=True):
+            term.factor = factor
+
+
+def _findings(report: TermReport) -> tuple[list[str], list[str]]:
+    """What is wrong with a term, and what is worth knowing about it."""
+    found, notes = [], []
     for part, value in {'': report.raw, **report.objectives}.items():
         if not math.isfinite(value):
             found.append(f'term {report.name!r}: the {part or "loss"} is {value}.')
+    silent = []
     for level in report.levels:
-        if level.term_gradient is None:
+        if level.cut is not None:
+            verb = 'lies' if explain_cut(level.cut, level.student_tap).startswith('in') else 'gives'
             found.append(
-                f'term {report.name!r}: {level.student_tap!r} lies in a frozen part of the student, '
-                'which no gradient reaches. Tap a deeper module.'
+                f'term {report.name!r}: {level.student_tap!r} {verb} {explain_cut(level.cut, level.student_tap)}.'
             )
+        elif level.term_gradient is None:
+            found.append(f'term {report.name!r}: no gradient leaves {level.student_tap!r}. Tap another module.')
         elif not math.isfinite(level.term_gradient):
             found.append(f'term {report.name!r}: its gradient at {level.student_tap!r} is {level.term_gradient}.')
         elif level.term_gradient == 0 and report.weight > 0 and report.raw != 0:
-            found.append(f'term {report.name!r}: its gradient at {level.student_tap!r} is zero, its loss is not.')
-    return found
+            silent.append(level)
+    if silent and len(silent) == len(report.levels):
+        names = ', '.join(repr(level.student_tap) for level in silent)
+        found.append(f'term {report.name!r}: its gradient at {names} is zero, its loss is not.')
+    elif silent:
+        single = all(level.student[2:] == (1, 1) for level in silent)
+        why = ', a map of one position, where there is nothing to compare' if single else ''
+        names = ', '.join(repr(level.student_tap) for level in silent)
+        notes.append(f'term {report.name!r}: its gradient at {names} is zero{why}; it teaches at the other levels.')
+    return found, notes
+
+
+def _says_nothing(report: TermReport) -> bool:
+    """Whether a term that is switched on has the value 0 and no gradient."""
+    return (
+        report.loss_weight > 0
+        and report.raw == 0
+        and not any(report.objectives.values())
+        and all(level.cut is None and not level.term_gradient for level in report.levels)
+    )
+
+
+def _why_nothing(
+    term: Term, report: TermReport, pairs: Sequence[tuple[Tensor, Tensor]], seen: Observation, *, planned: bool
+) -> str:
+    """Guess why a term has the value 0 and no gradient, the surest reasons first."""
+    targets, maps = seen.targets, [level.student for level in report.levels]
+    valid, boxes = targets.valid, targets.boxes
+    same = all(s.shape == t.shape and torch.equal(s.detach(), t) for s, t in pairs)
+    why = 'Nothing of this batch counts for it; look at its arguments and labels'
+    if same:
+        why = 'Student and teacher give the same tensors: they are one network with the same weights'
+    elif valid is not None and not bool(valid.any()):
+        why = 'No pixel of this batch counts: all are padding or have the label that is ignored'
+    elif all(len(shape) in (2, 4) and shape[1] == 1 for shape in maps):
+        why = (
+            'Its tensors have one channel, and a softmax over one class is 1 everywhere; take a loss for binary scores'
+        )
+    elif all(len(shape) == 4 and shape[2:] == (1, 1) for shape in maps):
+        why = 'Its maps have one position, and a softmax over it is 1; tap a larger map'
+    elif boxes is not None and not any(len(found) for found in boxes):
+        why = 'No image of this batch has a box; try another batch'
+    elif planned and report.factor == 0:
+        why = 'Its schedule has the factor 0 during the whole training; begin earlier'
+    return f'term {term.name!r}: its value and its gradient are 0 although its weight is {report.loss_weight:g}. {why}.'
 
 
 def _summed_loss(model: BaseModel, batch: Mapping[str, Any]) -> Tensor:
     """The one sum that training differentiates."""
-    return model.parse_losses(model(batch['inputs'], batch['data_samples'], mode='loss'))[0]
+    inputs, samples = _fresh(batch)
+    return model.parse_losses(model(inputs, samples, mode='loss'))[0]
 
 
 def _unreached(
@@ -490,36 +605,8 @@ def measure_cost(distiller: StructuredDistiller, batch: Mapping[str, Any], *, ru
     """
     if isinstance(runs, bool) or not isinstance(runs, int) or runs < 1:
         raise ConfigError(f'measure_cost: `runs` must be an integer above 0, got {runs!r}.')
-    inputs, samples = batch['inputs'], batch['data_samples']
-    on_cuda = inputs.is_cuda
-    active = [term for term in distiller.terms.values() if term.active]
-    teacher_taps = [tap for term in active for tap in term.teacher_taps]
-    regions = distiller.observe(inputs, samples, active)[1].regions
-
-    def teacher() -> None:
-        if teacher_taps:
-            distiller.teacher.observe(inputs, samples, teacher_taps, regions=regions)
-
-    works: dict[str, Callable[[], Any]] = {
-        'student': lambda: _summed_loss(distiller.student, batch).backward(),
-        'distilled': lambda: _summed_loss(distiller, batch).backward(),
-        'teacher': teacher,
-    }
-    times: dict[str, list[float]] = {name: [] for name in works}
-    peaks: dict[str, int] = dict.fromkeys(works, 0)
-    for _ in range(runs + 1):
-        for name, work in works.items():
-            distiller.zero_grad(set_to_none=True)
-            if on_cuda:
-                torch.cuda.synchronize()
-                torch.cuda.reset_peak_memory_stats()
-            begin = time.perf_counter()
-            work()
-            if on_cuda:
-                torch.cuda.synchronize()
-                peaks[name] = max(peaks[name], torch.cuda.max_memory_allocated())
-            times[name].append(time.perf_counter() - begin)
-    distiller.zero_grad(set_to_none=True)
+    with training_info():
+        times, peaks = _run_in_turn(distiller, batch, runs)
     medians = {name: statistics.median(values[1:]) for name, values in times.items()}
 
     network = getattr(distiller.teacher, 'network', None)
@@ -532,6 +619,49 @@ def measure_cost(distiller: StructuredDistiller, batch: Mapping[str, Any], *, ru
         teacher_forward=medians['teacher'],
         teacher_parameters=None if network is None else sum(p.numel() for p in network.parameters()),
         teacher_bytes=held,
-        student_peak=peaks['student'] - aside if on_cuda else None,
-        distilled_peak=peaks['distilled'] if on_cuda else None,
+        student_peak=peaks['student'] - aside if peaks else None,
+        distilled_peak=peaks['distilled'] if peaks else None,
     )
+
+
+def _run_in_turn(
+    distiller: StructuredDistiller, batch: Mapping[str, Any], runs: int
+) -> tuple[dict[str, list[float]], dict[str, int]]:
+    """Seconds of each run, and on CUDA the most memory."""
+    on_cuda = batch['inputs'].is_cuda
+    active = [term for term in distiller.terms.values() if term.active]
+    teacher_taps = [tap for term in active for tap in term.teacher_taps]
+    seen = distiller.observe(*_fresh(batch), active)[1]
+    cut = [term for term in active if any(tap in seen.capture.cut for tap in term.student_taps)]
+    regions = seen.regions
+    del seen
+
+    def student(inputs: Tensor, samples: Any) -> None:
+        distiller.student.parse_losses(distiller.student(inputs, samples, mode='loss'))[0].backward()
+
+    def distilled(inputs: Tensor, samples: Any) -> None:
+        distiller.parse_losses(distiller(inputs, samples, mode='loss'))[0].backward()
+
+    def teacher(inputs: Tensor, samples: Any) -> None:
+        if teacher_taps:
+            distiller.teacher.observe(inputs, samples, teacher_taps, regions=regions)
+
+    works: dict[str, Callable[[Tensor, Any], None]] = {'student': student, 'distilled': distilled, 'teacher': teacher}
+    times: dict[str, list[float]] = {name: [] for name in works}
+    peaks: dict[str, int] = dict.fromkeys(works, 0)
+    with _silenced(cut):
+        for _ in range(runs + 1):
+            for name, work in works.items():
+                distiller.zero_grad(set_to_none=True)
+                inputs, samples = _fresh(batch)
+                if on_cuda:
+                    torch.cuda.synchronize()
+                    torch.cuda.reset_peak_memory_stats()
+                begin = time.perf_counter()
+                work(inputs, samples)
+                if on_cuda:
+                    torch.cuda.synchronize()
+                    peaks[name] = max(peaks[name], torch.cuda.max_memory_allocated())
+                times[name].append(time.perf_counter() - begin)
+    distiller.zero_grad(set_to_none=True)
+    return times, peaks if on_cuda else {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,27 +17,56 @@ from mmengine.model import BaseDataPreprocessor, BaseModel
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
-from mmstructkd.distillers.targets import collect_targets, head_of, probe_samples, probe_targets, task_of
+from mmstructkd.compat import alone
+from mmstructkd.distillers.batches import training_info
+from mmstructkd.distillers.probing import (
+    Probe,
+    check_probe_size,
+    explain_cut,
+    no_way,
+    on_device,
+    probe_devices,
+    probe_sizes,
+    probe_student,
+)
+from mmstructkd.distillers.step_record import Fault, StepRecord, explain
+from mmstructkd.distillers.targets import (
+    branches_of,
+    collect_targets,
+    head_of,
+    num_classes_of,
+    probe_targets,
+    task_of,
+)
 from mmstructkd.distillers.teacher import TeacherSource
 from mmstructkd.distillers.term import KEYS as TERM_KEYS
 from mmstructkd.distillers.term import Term, parse_terms
-from mmstructkd.errors import CheckpointError, ConfigError
+from mmstructkd.errors import CheckpointError, ConfigError, TapError, shown
 from mmstructkd.functional.sharing import sharing
+from mmstructkd.optim import for_distiller
 from mmstructkd.registry import HOOKS, MODELS, build_part
 from mmstructkd.structures import Targets
-from mmstructkd.taps import Capture, RegionRecorder, Regions, Tap, probe_regions, tapped_forward
+from mmstructkd.taps import (
+    Capture,
+    ForwardFailed,
+    RegionRecorder,
+    Regions,
+    Tap,
+    in_point_head,
+    pair_stages,
+    recorded_points,
+    with_points,
+)
 
 __all__ = ['StructuredDistiller']
 
-# Strides up to 128 give maps of sizes of their own, and 3x6 at stride 32: deformable convolutions refuse 2x4.
-PROBE_SIZE = (96, 192)
 STUDENT = 'student.'
 STUDENT_KEYS = (
     *('backbone', 'neck', 'decode_head', 'auxiliary_head', 'bbox_head', 'rpn_head', 'roi_head', 'mask_head'),
     *('train_cfg', 'test_cfg', 'pretrained', 'init_cfg'),
 )
-TEACHER_KEYS = ('config', 'checkpoint', 'allow_random', 'trust_checkpoint', 'cache')
-RUNNER_HOOKS = ('TermScheduleHook', 'StudentCheckpointHook', 'FiniteLossHook')
+TEACHER_KEYS = ('config', 'checkpoint', 'allow_random', 'trust_checkpoint', 'cache', 'prefix')
+RUNNER_HOOKS = ('TermScheduleHook', 'StudentCheckpointHook', 'FiniteLossHook', 'FiniteCheckpointHook')
 
 
 @contextlib.contextmanager
@@ -47,18 +77,6 @@ def random_state_kept() -> Iterator[None]:
         yield
     random.setstate(python)
     np.random.set_state(numpy)
-
-
-@contextlib.contextmanager
-def in_eval(network: nn.Module) -> Iterator[None]:
-    """Run a network in eval for a while, each module back in its own mode afterwards."""
-    modes = [(module, module.training) for module in network.modules()]
-    network.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,10 +111,14 @@ class StructuredDistiller(BaseModel):
     ``mode='predict'`` and ``mode='tensor'`` delegate, and ``state_dict()`` has
     the student's keys, without a prefix, and nothing but these.
 
-    Both networks are probed once at construction with an input of 96x192
-    zeros, in eval: taps are resolved and their shapes logged, connectors sized,
-    losses tried. The global random streams are left as a plain student would
-    leave them.
+    Both networks are probed once at construction with an image of noise, the
+    student as training runs it, the teacher in eval, both no further than the
+    taps need: taps are resolved and their shapes logged, connectors sized,
+    losses tried. The image has the size that training uses as far as the
+    networks say it (crop size, padding, position embeddings), shrunk to at most
+    256x512 pixels where they run at that; else 96x192, or larger where they
+    need it. The global random streams are left as a plain student would leave
+    them.
 
     Args:
         student: config of the student, or the built model.
@@ -104,6 +126,7 @@ class StructuredDistiller(BaseModel):
             ``checkpoint``, ...), or of another source by its ``type``.
         terms: dict of terms by name, see :class:`Term`.
         data_preprocessor: used by a student that has none of its own.
+        probe_size: (h, w) of that image; ``None``: as above.
 
     Raises:
         ConfigError: a value cannot be used (terms, losses, teacher's classes).
@@ -126,9 +149,11 @@ class StructuredDistiller(BaseModel):
         teacher: dict | TeacherSource,
         terms: dict,
         data_preprocessor: dict | nn.Module | None = None,
+        probe_size: tuple[int, int] | None = None,
     ) -> None:
+        probe_size = check_probe_size(probe_size)
         if isinstance(student, dict):
-            student = ConfigDict(student) if not isinstance(student, ConfigDict) else student.copy()
+            student = ConfigDict(copy.deepcopy(student))  # some heads write into their config
             if data_preprocessor is not None:
                 _check_preprocessor(data_preprocessor, student.get('_scope_'))
                 student.setdefault('data_preprocessor', data_preprocessor)
@@ -140,12 +165,17 @@ class StructuredDistiller(BaseModel):
             )
         super().__init__(data_preprocessor=student.data_preprocessor)
         self.student = student
+        self.last_step: StepRecord | None = None
         with random_state_kept():
             self.terms = parse_terms(terms)
             self._check_student_taps()
+            self._stages = pair_stages((t.name, t.student_taps, t.teacher_taps) for t in self.terms.values())
+            for term in self.terms.values():
+                term.branches = branches_of(self.student)
             self._teacher = self._build_teacher(teacher)
             self._teacher.attach(self.student)
-            self._probe()
+            with alone(), training_info():
+                self._probe(probe_size)
         self.register_state_dict_post_hook(_keep_student_only)
 
     @staticmethod
@@ -155,7 +185,7 @@ class StructuredDistiller(BaseModel):
             return teacher
         if not isinstance(teacher, dict):
             raise ConfigError(
-                f'StructuredDistiller: `teacher` must be a dict, got {teacher!r}. '
+                f'StructuredDistiller: `teacher` must be a dict, got {shown(teacher)}. '
                 "Write teacher=dict(config='mmseg::...', checkpoint='...')."
             )
         source = build_part(
@@ -178,25 +208,34 @@ class StructuredDistiller(BaseModel):
             for tap in term.student_taps:
                 tap.resolve(self.student, f'term {term.name!r}: `student`')
 
-    def _probe(self) -> None:
+    def _probe(self, size: tuple[int, int] | None) -> None:
         """Run both networks once and let each term build what depends on sizes."""
         teacher_network = getattr(self._teacher, 'network', None)
         if teacher_network is not None:
             for term in self.terms.values():
                 for tap in term.teacher_taps:
                     tap.resolve(teacher_network, f'term {term.name!r}: `teacher`')
-        inputs, samples = torch.zeros(1, 3, *PROBE_SIZE), probe_samples(1, PROBE_SIZE)
-        regions = probe_regions(1, PROBE_SIZE)
-        student_taps = [tap for term in self.terms.values() for tap in term.student_taps]
-        teacher_taps = [tap for term in self.terms.values() for tap in term.teacher_taps]
-        with in_eval(self.student), torch.no_grad():
-            capture = tapped_forward(self.student, inputs, samples, student_taps, regions=regions)
-        self._clone = capture.changed_in_place()
-        observed = self._teacher.probe(inputs, samples, teacher_taps)
-        classes = (_num_classes(self.student), _num_classes(teacher_network))
-        known = probe_targets(task_of(self.student), 1, classes[0], PROBE_SIZE)
         for term in self.terms.values():
-            term.bind(capture.records, observed.records, classes, known, regions, teacher_network)
+            term.on_points = any(in_point_head(self.student, tap) for tap in term.student_taps)
+        seen, observed = self._try_sizes([size] if size else probe_sizes([self.student, teacher_network]), bool(size))
+        capture, regions = seen.capture, seen.regions
+        self._clone = capture.changed_in_place()
+        for term in self.terms.values():
+            for tap in term.student_taps:
+                if tap in capture.cut and term.loss.loss_weight > 0:
+                    print_log(
+                        f'As the student stands now training would stop: {_no_gradient(term, tap, capture)}',
+                        'current',
+                        level=30,
+                    )
+        classes = (_num_classes(self.student), _num_classes(teacher_network))
+        known = probe_targets(task_of(self.student), 1, classes[0], tuple(seen.inputs.shape[-2:]))
+        # A random teacher agrees with no ground truth, and is asked for none.
+        trained = getattr(self._teacher, 'checkpoint', '') is not None
+        for term in self.terms.values():
+            term.bind(
+                capture.records, observed.records, classes, known, regions, teacher_network, self.student, trained
+            )
             for level in term.levels:
                 print_log(
                     f'term {term.name!r}: student {level.student_tap} {level.student}, '
@@ -212,6 +251,42 @@ class StructuredDistiller(BaseModel):
                         f'{owners[key]!r} logs as well. Rename one of the two.'
                     )
                 owners[key] = term.name
+
+    def _try_sizes(self, sizes: Sequence[tuple[int, int]], given: bool) -> tuple[Probe, Capture]:
+        """Probe both networks at the first size at which both run."""
+        owners = {tap: f'term {term.name!r}' for term in self.terms.values() for tap in term.student_taps}
+        teacher_taps = [tap for term in self.terms.values() for tap in term.teacher_taps]
+        failure: tuple[str, ForwardFailed] | None = None
+        for device in probe_devices(self.student):
+            with self._moved(device):
+                for size in sizes:
+                    role = 'student'
+                    try:
+                        seen = probe_student(self.student, list(owners), size, owners)
+                        role = 'teacher'
+                        more = {'regions': seen.regions} if seen.chosen else {}
+                        observed = self._teacher.probe(seen.inputs, seen.samples, teacher_taps, **more)
+                    except ForwardFailed as err:
+                        failure = (role, err)
+                    else:
+                        return (seen, observed) if device is None else (seen.to('cpu'), on_device(observed, 'cpu'))
+        assert failure is not None  # there is always a size
+        raise no_way(*failure, sizes, given) from failure[1]
+
+    @contextlib.contextmanager
+    def _moved(self, device: str | None) -> Iterator[None]:
+        """Have both networks on another device for a while; ``None``: leave them where they are."""
+        if device is None:
+            yield
+            return
+        home = next(self.student.parameters()).device
+        self.student.to(device)
+        self._teacher.move(lambda tensor: tensor.to(device))
+        try:
+            yield
+        finally:
+            self.student.to(home)
+            self._teacher.move(lambda tensor: tensor.to(home))
 
     @property
     def teacher(self) -> TeacherSource:
@@ -234,6 +309,8 @@ class StructuredDistiller(BaseModel):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StructuredDistiller:
         """Move the teacher along with ``.to()``, ``.cuda()`` and the like."""
         super()._apply(fn, recurse)
+        for network in _hidden_networks(self.student):
+            network._apply(fn)
         self._teacher.move(fn)
         for term in self.terms.values():
             term.attach(getattr(self._teacher, 'network', None))  # a move may have made a copy of it
@@ -257,10 +334,20 @@ class StructuredDistiller(BaseModel):
         Returns:
             For ``'loss'`` the student's losses and, per term,
             ``loss_kd_<term>``; else what the student returns.
+
+        Raises:
+            TapError: a term counts and no gradient leaves its tap in the
+                student, so that it could teach nothing but its own connector.
         """
         if mode != 'loss':
             return self.student(inputs, data_samples, mode=mode)
         losses, seen = self.observe(inputs, data_samples, self._active)
+        for term in self._active:
+            for tap in term.student_taps:
+                if tap in seen.capture.cut:
+                    raise TapError(_no_gradient(term, tap, seen.capture))
+        if torch.is_grad_enabled():
+            self.last_step = StepRecord.of(inputs, data_samples, self._active, seen)
         for name, scored in self.score(seen).items():
             clash = sorted(set(scored) & set(losses))
             if clash:
@@ -269,6 +356,36 @@ class StructuredDistiller(BaseModel):
                 )
             losses.update(scored)
         return losses
+
+    def parse_losses(self, losses: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Sum the losses as mmengine does, and note them until the step is known to be sound.
+
+        Args:
+            losses: what :meth:`forward` returned.
+
+        Returns:
+            The sum, and what is logged.
+        """
+        total, logged = super().parse_losses(losses)
+        if self.last_step is not None:
+            self.last_step.losses = {name: value.detach() for name, value in logged.items()}
+        return total, logged
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copy and pickle without the batch of the last step."""
+        return {**self.__dict__, 'last_step': None}
+
+    def explain(self, **found: Any) -> Fault:
+        """Tell what is wrong with the last training step, and who brought it in.
+
+        Args:
+            **found: what else is known, see
+                :func:`~mmstructkd.distillers.step_record.explain`.
+
+        Returns:
+            The fault, as far as this process can see it.
+        """
+        return explain(self, self.last_step, **found)
 
     @property
     def _active(self) -> list[Term]:
@@ -297,9 +414,9 @@ class StructuredDistiller(BaseModel):
         """Run both networks on a batch and listen at the taps of some terms.
 
         The teacher goes first, so that what it needs on the way is gone before
-        the student's graph is there; but where a RoI head is tapped it goes
-        second, since it pools the regions that the student has chosen. Without
-        terms it does not run.
+        the student's graph is there; but where a RoI or point head is tapped it
+        goes second, since it looks at the regions or points that the student has
+        chosen. Without terms it does not run.
 
         Args:
             inputs: preprocessed images, shape (B, 3, H, W).
@@ -310,20 +427,26 @@ class StructuredDistiller(BaseModel):
             The student's own losses, and what the terms need.
         """
         on_regions = any(term.on_regions for term in terms)
+        on_points = any(term.on_points for term in terms)
         teacher_taps = [tap for term in terms for tap in term.teacher_taps]
         teacher: dict[Tap, list[Tensor]] = {}
-        if terms and not on_regions:
+        if terms and not (on_regions or on_points):
             teacher = self._teacher.observe(inputs, data_samples, teacher_taps)
         student_taps = [tap for term in terms for tap in term.student_taps]
+        targets = collect_targets(self.student, inputs, data_samples) if terms else Targets()
         with (
-            RegionRecorder(self.student) if on_regions else contextlib.nullcontext() as recorder,
+            RegionRecorder(self.student, student_taps, self._stages)
+            if on_regions
+            else contextlib.nullcontext() as recorder,
+            recorded_points(self.student) if on_points else contextlib.nullcontext([]) as points,
             Capture(self.student, student_taps, clone=self._clone) as capture,
         ):
             losses = self.student(inputs, data_samples, mode='loss')
         regions = None if recorder is None else recorder.regions
-        if on_regions:
+        if on_points:
+            regions = with_points(regions, points)
+        if on_regions or on_points:
             teacher = self._teacher.observe(inputs, data_samples, teacher_taps, regions=regions)
-        targets = collect_targets(self.student, inputs, data_samples) if terms else Targets()
         return losses, Observation(capture, teacher, targets, regions)
 
     def auxiliary_parameters(self) -> tuple[list[nn.Parameter], list[tuple[dict, list[nn.Parameter]]]]:
@@ -377,7 +500,8 @@ class StructuredDistiller(BaseModel):
             runner: the runner that was just given this model.
 
         Raises:
-            ConfigError: ``compile`` is set.
+            ConfigError: ``compile`` is set, or ``optim_wrapper`` cannot serve a
+                distiller.
         """
         if runner.cfg.get('compile'):
             raise ConfigError(
@@ -388,11 +512,8 @@ class StructuredDistiller(BaseModel):
         for name in (*RUNNER_HOOKS, *self._teacher.hooks):
             if name not in present:
                 runner.register_hook(HOOKS.build({'type': f'mmstructkd.{name}'}))
-        settings = runner.optim_wrapper
-        constructor = 'mmstructkd.DistillOptimWrapperConstructor'
-        if isinstance(settings, dict) and settings.get('constructor') != constructor and 'optimizer' in settings:
-            base = settings.get('constructor', 'DefaultOptimWrapperConstructor')
-            runner.optim_wrapper = {**settings, 'constructor': constructor, 'base_constructor': base}
+        if runner._train_loop is not None:
+            runner.optim_wrapper = for_distiller(runner.optim_wrapper, self)
 
     def _load_from_state_dict(
         self,
@@ -430,6 +551,23 @@ def _keep_student_only(module: nn.Module, state_dict: dict[str, Tensor], prefix:
                 metadata[prefix + key[len(inner) :]] = value
 
 
+def _hidden_networks(network: nn.Module) -> list[nn.Module]:
+    """Networks that modules hold as plain attributes, as mmdet's own distillers hold their teacher.
+
+    These move them in a ``.to()`` of their own, which a module that holds the
+    student does not call.
+    """
+    return [one for module in network.modules() for one in vars(module).values() if isinstance(one, nn.Module)]
+
+
+def _no_gradient(term: Term, tap: Tap, capture: Capture) -> str:
+    """Say that a term teaches nothing, and why."""
+    return (
+        f'term {term.name!r}: `student` must name a module that a gradient leaves in training, got '
+        f'{str(tap)!r}, {explain_cut(capture.cut[tap], tap)}.'
+    )
+
+
 def _check_preprocessor(config: Any, scope: str | None) -> None:
     """Build a data preprocessor once: one that the student's own takes the place of would be wrong in silence."""
     if isinstance(config, dict):
@@ -445,4 +583,4 @@ def _check_preprocessor(config: Any, scope: str | None) -> None:
 
 def _num_classes(network: nn.Module | None) -> int | None:
     """Number of classes of a network's head, where it has one."""
-    return None if network is None else getattr(head_of(network), 'num_classes', None)
+    return None if network is None else num_classes_of(head_of(network))

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as torch_functional
 from torch import Tensor
 
-from mmstructkd.errors import MAX_SIDE, ConfigError, check_ndim, check_one_of, check_same, is_count
+from mmstructkd.errors import MAX_SIDE, ConfigError, check_flag, check_ndim, check_one_of, check_same, is_count
 from mmstructkd.functional.precision import exact_matmul, full_precision
 from mmstructkd.functional.reduce import mean_of_sum, valid_pixels
 
@@ -464,6 +464,7 @@ def pairwise_affinity_loss(
     check_one_of(owner, 'pool', pool, POOLS)
     kernel = check_kernel_size(owner, kernel_size)
     check_radius(owner, radius)
+    check_flag(owner, 'detach_norm', detach_norm)
     check_ndim(owner, 'student', student, 4, '(B, D, H, W)')
     check_ndim(owner, 'teacher', teacher, 4, '(B, D, H, W)')
     check_same(

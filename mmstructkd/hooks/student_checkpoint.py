@@ -11,7 +11,7 @@ from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.runner import IterBasedTrainLoop, Runner
 
-from mmstructkd.distillers.loading import student_config
+from mmstructkd.distillers.plain_config import plain_config
 from mmstructkd.registry import HOOKS
 
 __all__ = ['StudentCheckpointHook']
@@ -51,7 +51,8 @@ class StudentCheckpointHook(Hook):
     """Saves the student as plain mmseg or mmdet would, and resumes exactly.
 
     ``state_dict`` and ``ema_state_dict`` have the student's keys already (the
-    distiller sees to that); ``meta['cfg']`` becomes the student's own config.
+    distiller sees to that); ``meta['cfg']`` becomes the student's own config, which
+    needs this package only where the student does.
     Connectors, critics, random states and the teacher's provenance lie under
     the key ``mmstructkd`` of the same file.
 
@@ -82,8 +83,11 @@ class StudentCheckpointHook(Hook):
             checkpoint: what is about to be written.
         """
         if self._meta_config is None:
-            self._meta_config = student_config(runner.cfg).pretty_text
+            self._meta_config = plain_config(runner.cfg).pretty_text
         checkpoint['meta']['cfg'] = self._meta_config
+        information = (checkpoint.get('message_hub') or {}).get('runtime_info') or {}
+        if 'cfg' in information:  # mmengine's inferencers look here first
+            information['cfg'] = self._meta_config
         checkpoint[KEY] = {
             **self._model(runner).training_state(),
             'config': runner.cfg.pretty_text,

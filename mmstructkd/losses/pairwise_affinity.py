@@ -8,7 +8,6 @@ from torch import Tensor
 
 from mmstructkd.errors import ConfigError, check_count, check_one_of, is_finite_number
 from mmstructkd.functional.affinity import POOLS, check_kernel_size, check_radius, pairwise_affinity_loss
-from mmstructkd.functional.reduce import valid_pixels
 from mmstructkd.losses.base import DistillLoss
 from mmstructkd.losses.presets import settle
 from mmstructkd.registry import MODELS
@@ -77,7 +76,8 @@ class PairwiseAffinityLoss(DistillLoss):
         - student: :math:`(B, D_s, H, W)`; teacher: :math:`(B, D_t, H, W)`, detached.
         - output: scalar in [0, 4], no unit, 0 with a graph where no pixel counts.
 
-    Pixels without a label and padding are no part of any node.
+    Pixels without a label count, as in the published code
+    (``where='inside'``); padding is no part of any node.
 
     Raises:
         ConfigError: an argument is out of range or contradicts the preset.
@@ -146,13 +146,7 @@ class PairwiseAffinityLoss(DistillLoss):
 
     def compute(self, student: Tensor, teacher: Tensor, targets: Targets) -> Tensor:
         """Return the unweighted loss."""
-        valid = valid_pixels(
-            type(self).__name__,
-            student,
-            labels=targets.labels,
-            ignore_index=targets.ignore_index,
-            valid=targets.valid,
-        )
+        valid = self.counting(student, targets)
         return pairwise_affinity_loss(
             student,
             teacher,

@@ -1,18 +1,43 @@
 """Taps: where a network is listened to, and the listening."""
 
 from mmstructkd.taps.capture import Capture, ForwardStopped
-from mmstructkd.taps.forward import run_tapped, tapped_forward
-from mmstructkd.taps.regions import RegionRecorder, Regions, in_region_head, probe_regions
+from mmstructkd.taps.forward import (
+    FEATURES,
+    ForwardFailed,
+    find_route,
+    in_features,
+    run_tapped,
+    tapped_forward,
+)
+from mmstructkd.taps.points import Sampled, in_point_head, recorded_points, with_points
+from mmstructkd.taps.regions import (
+    RegionRecorder,
+    Regions,
+    in_region_head,
+    pair_stages,
+    probe_regions,
+    shows_regions,
+)
 from mmstructkd.taps.tap import Tap
 
 __all__ = [
+    'FEATURES',
     'Capture',
+    'ForwardFailed',
     'ForwardStopped',
     'RegionRecorder',
     'Regions',
+    'Sampled',
     'Tap',
+    'find_route',
+    'in_features',
+    'in_point_head',
     'in_region_head',
+    'pair_stages',
     'probe_regions',
+    'recorded_points',
     'run_tapped',
+    'shows_regions',
     'tapped_forward',
+    'with_points',
 ]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -20,6 +23,16 @@ class ForwardStopped(BaseException):
     Not an ``Exception``: code of the network that catches those must not
     swallow it. :class:`Capture` does, when its block ends.
     """
+
+
+def _checkpointed() -> bool:
+    """Whether the code that runs now was called by a function that checkpoints activations."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if Path(frame.f_code.co_filename).name.startswith('checkpoint') and 'checkpoint' in frame.f_globals['__name__']:
+            return True
+        frame = frame.f_back
+    return False
 
 
 class Capture:
@@ -40,6 +53,12 @@ class Capture:
         records: for each tap the tensors in the order of the calls: one for
             most modules, several for a head shared by levels or a tap of a range.
         passes: for each tap how often it was passed.
+        cut: for each tap that no gradient can leave the reason: ``'checkpoint'``
+            (inside a block whose activations are computed again in the backward
+            pass, from its first input), ``'no_grad'``, ``'dtype'`` (whole numbers),
+            ``'detached'`` (the module that gives it is trained, and cuts it off) or
+            ``'frozen'`` (nothing that is trained lies before it). Empty where
+            gradients are off anyway.
         stopped: whether the forward was ended early.
     """
 
@@ -56,12 +75,15 @@ class Capture:
         self.clone = frozenset(clone)
         self.records: dict[Tap, list[Tensor]] = {tap: [] for tap in self.taps}
         self.passes: dict[Tap, int] = dict.fromkeys(self.taps, 0)
+        self.cut: dict[Tap, str] = {}
         self.stopped = False
+        self._trains = False
         self._left = None if calls is None else sum(calls[tap] for tap in self.taps)
         self._versions: list[tuple[Tap, Tensor, int]] = []
         self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> Capture:
+        self._trains = torch.is_grad_enabled()
         modules = dict(self.network.named_modules())
         for tap in self.taps:
             module = modules[tap.module]
@@ -87,19 +109,31 @@ class Capture:
 
     def _output_hook(self, tap: Tap) -> Any:
         def hook(module: nn.Module, args: tuple, output: Any) -> None:
-            self._record(tap, output)
+            self._record(tap, output, module)
 
         return hook
 
     def _input_hook(self, tap: Tap) -> Any:
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            self._record(tap, args[0] if args else next(iter(kwargs.values()), None))
+            self._record(tap, args[0] if args else next(iter(kwargs.values()), None), None)
 
         return hook
 
-    def _record(self, tap: Tap, value: Any) -> None:
+    @staticmethod
+    def _reason(tensor: Tensor, module: nn.Module | None) -> str:
+        """Why no gradient can leave a tensor, asked while the network runs."""
+        if not torch.is_grad_enabled():
+            return 'checkpoint' if _checkpointed() else 'no_grad'
+        if not tensor.is_floating_point():
+            return 'dtype'
+        trained = module is not None and any(parameter.requires_grad for parameter in module.parameters())
+        return 'detached' if trained else 'frozen'
+
+    def _record(self, tap: Tap, value: Any, module: nn.Module | None) -> None:
         self.passes[tap] += 1
         for tensor in tap.pick(value):
+            if self._trains and not tensor.requires_grad:
+                self.cut.setdefault(tap, self._reason(tensor, module))
             kept = tensor.clone() if tap in self.clone else tensor
             self.records[tap].append(kept)
             self._versions.append((tap, kept, kept._version))

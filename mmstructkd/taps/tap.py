@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +13,19 @@ from mmstructkd.errors import TapError, suggest
 
 __all__ = ['Tap']
 
-_PATTERN = re.compile(r'^(?P<side>in:)?(?P<module>[A-Za-z_][\w.]*)(?P<keys>(\[[^\[\]]+\])*)$')
-_SPAN = re.compile(r'^(?:\*|(?P<start>\d*):(?P<stop>\d*))$')
+_KEY = r'-?\d+|\*|\d*:\d*|[A-Za-z_][\w.]*|\'[^\'\[\]]+\'|"[^"\[\]]+"'
+_PATTERN = re.compile(rf'(?P<side>in:)?(?P<module>[A-Za-z_]\w*(?:\.\w+)*)(?P<keys>(?:\[(?:{_KEY})\])*)')
+_SPAN = re.compile(r'(?:\*|(?P<start>\d*):(?P<stop>\d*))')
+
+
+def _corrected(text: Any) -> str:
+    """Suggest what a tap of the wrong form may have meant."""
+    if not isinstance(text, str):
+        return ''
+    tidy = re.sub(r'\s+', '', text)
+    tidy = re.sub(r'\[(\d+)\](?=\.)', r'.\1', tidy)  # an entry of a ModuleList is a name: heads.0, not heads[0]
+    tidy = re.sub(r'\.+', '.', tidy).replace('.[', '[').strip('.')
+    return f'Did you mean {tidy!r}? ' if tidy != text and _PATTERN.fullmatch(tidy) else ''
 
 
 @dataclass(frozen=True)
@@ -67,17 +78,17 @@ class Tap:
         Raises:
             TapError: ``text`` is no string of this form.
         """
-        match = _PATTERN.match(text) if isinstance(text, str) else None
+        match = _PATTERN.fullmatch(text) if isinstance(text, str) else None
         if match is None:
             raise TapError(
-                f"{owner}: `tap` must read '[in:]dotted.module.name[index]', got {text!r}. "
+                f"{owner}: `tap` must read '[in:]dotted.module.name[index]', got {text!r}. {_corrected(text)}"
                 "Examples: 'decode_head.conv_seg', 'neck[2]', 'in:decode_head.conv_seg'."
             )
         keys = [cls._key(key) for key in re.findall(r'\[([^\[\]]+)\]', match['keys'])]
         if any(isinstance(key, Span) for key in keys[:-1]):
             raise TapError(f'{owner}: `tap` must have a range only as its last index, got {text!r}.')
         return cls(
-            module=match['module'].rstrip('.'),
+            module=match['module'],
             side='input' if match['side'] else 'output',
             keys=tuple(keys),
         )
@@ -85,7 +96,7 @@ class Tap:
     @staticmethod
     def _key(text: str) -> int | str | Span:
         """Read what stands in one pair of brackets."""
-        span = _SPAN.match(text)
+        span = _SPAN.fullmatch(text)
         if span is not None:
             return Span(*(int(end) if end else None for end in (span['start'], span['stop'])))
         return int(text) if re.fullmatch(r'-?\d+', text) else text.strip('\'"')
@@ -96,7 +107,7 @@ class Tap:
         return bool(self.keys) and isinstance(self.keys[-1], Span)
 
     def __str__(self) -> str:
-        keys = ''.join(f'[{k}]' for k in self.keys)
+        keys = ''.join(f'[{k!r}]' if isinstance(k, str) and not k.isidentifier() else f'[{k}]' for k in self.keys)
         return ('in:' if self.side == 'input' else '') + self.module + keys
 
     def names(self, count: int) -> list[str]:
@@ -138,11 +149,27 @@ class Tap:
             raise TapError(
                 f'{owner} must name a module of {type(network).__name__}, got {self.module!r}. {self._nearest(modules)}'
             )
-        return modules[self.module]
+        module = modules[self.module]
+        if '.losses' in type(module).__module__:
+            raise TapError(
+                f'{owner} must name a module that runs on images or features, got {self.module!r}, which is a loss '
+                f'({type(module).__name__}). {self._nearest(modules)}'
+            )
+        return module
 
-    def _nearest(self, modules: Iterable[str]) -> str:
-        """Suggest names: near ones, else the children of the deepest part that exists."""
-        names = [name for name in modules if name]
+    def _nearest(self, modules: Mapping[str, nn.Module]) -> str:
+        """Suggest names: near ones, else the children of the deepest part that exists.
+
+        Losses and the data preprocessor are modules too, but nothing to listen to.
+        """
+        names = [
+            name
+            for name, module in modules.items()
+            if name
+            and name.split('.')[0] != 'data_preprocessor'
+            and '.losses' not in type(module).__module__
+            and not any(part.startswith('loss') for part in name.split('.'))
+        ]
         hint = suggest(self.module, names)
         if hint.startswith('Did'):
             return hint
@@ -169,7 +196,13 @@ class Tap:
         Raises:
             TapError: a key does not exist, or what it names is no tensor.
         """
-        for key in self.keys:
+        for place, key in enumerate(self.keys):
+            if isinstance(value, Tensor):
+                whole = Tap(self.module, self.side, self.keys[:place])
+                raise TapError(
+                    f'Tap {str(self)!r}: `[{key}]` must pick one of several {self.side}s, got one tensor of shape '
+                    f'{tuple(value.shape)}; an index would pick an image. Write {str(whole)!r}.'
+                )
             value = self._entry(value, key)
         entries = value if self.several else [value]
         for entry in entries:

@@ -13,17 +13,17 @@ from mmstructkd.errors import (
     check_count,
     check_one_of,
     check_positive,
-    shown,
     suggest,
 )
 from mmstructkd.registry import MODELS, look_up
 
-#: What a temperature may be. Published ones lie between 0.01 and 100.
-LOWEST, HIGHEST = 1e-4, 1e4
+__all__ = ['Progress', 'Softened', 'Temperature', 'build_temperature', 'check_temperature_range']
+
 #: Iterations of any training.
 MAX_STEPS = 10**12
 
-__all__ = ['Progress', 'Softened', 'Temperature', 'build_temperature', 'check_temperature']
+#: The range of temperatures, see :func:`check_temperature_range`.
+LOWEST, HIGHEST = 1e-3, 1e3
 
 
 class Softened(NamedTuple):
@@ -114,17 +114,24 @@ class Progress:
         return self.ratio
 
 
-def check_temperature(owner: str, argument: str, value: Any) -> None:
-    """Raise :class:`ConfigError` unless ``value`` is a temperature that float32 can bear.
+def check_temperature_range(owner: str, argument: str, value: Any) -> None:
+    """Raise :class:`ConfigError` unless ``value`` is a temperature that float32 can compute with.
 
-    A loss divides scores by it and multiplies by its square: far out of this
-    range the one or the other leaves no number.
+    Within :data:`LOWEST` and :data:`HIGHEST`. Divided by more than that, scores
+    differ by less than float32 can tell beside the logarithm of the number of
+    classes; divided by less, a softmax is 0 or 1 everywhere. Either way what is
+    left of the gradient is rounding. Published values lie between 0.05 and 21.
+
+    Args:
+        owner: who asks, for the message.
+        argument: name of the argument.
+        value: the value.
     """
     check_positive(owner, argument, value)
     if not LOWEST <= value <= HIGHEST:
         raise ConfigError(
-            f'{owner}: `{argument}` must be a finite number above 0, from {LOWEST:g} to {HIGHEST:g}, '
-            f'got {shown(value)}.'
+            f'{owner}: `{argument}` must lie between {LOWEST:g} and {HIGHEST:g}, got {value!r}: beyond them float32 '
+            'leaves no gradient. Published values lie between 0.05 and 21; loss_weight=0 switches a loss off.'
         )
 
 
@@ -133,7 +140,7 @@ def build_temperature(owner: str, value: Any) -> float | Temperature:
 
     Args:
         owner: the loss, for messages.
-        value: a number above 0, a config with a ``type``, or a temperature.
+        value: a number from 0.001 to 1000, a config with a ``type``, or a temperature.
 
     Returns:
         The number, or the module.
@@ -144,7 +151,7 @@ def build_temperature(owner: str, value: Any) -> float | Temperature:
     if isinstance(value, Temperature):
         return value
     if isinstance(value, Real) or not isinstance(value, (Mapping, nn.Module)):
-        check_temperature(owner, 'temperature', value)
+        check_temperature_range(owner, 'temperature', value)
         return float(value)
     if isinstance(value, nn.Module) or 'type' not in value:
         shown = type(value).__name__ if isinstance(value, nn.Module) else repr(value)

@@ -193,7 +193,7 @@ def test_taps_of_auxiliary_heads_and_inputs() -> None:
         levels=dict(tap=['backbone[1]', 'backbone[2]'], loss=dict(type='mmstructkd.PairwiseAffinityLoss')),
     )
     model = build(terms=terms)
-    assert [level.student for level in model.terms['levels'].levels] == [(1, 8, 12, 24), (1, 16, 12, 24)]
+    assert [level.student for level in model.terms['levels'].levels] == [(1, 8, 6, 8), (1, 16, 6, 8)]
     losses = step(model)
     assert losses['loss_kd_aux'] > 0
     one = build(terms=dict(one=dict(terms['levels'], tap='backbone[1]'), two=dict(terms['levels'], tap='backbone[2]')))
@@ -223,7 +223,7 @@ def test_a_teacher_of_another_stride_is_resized() -> None:
     teacher.backbone.update(strides=(1, 2, 2, 1), dilations=(1, 1, 1, 2))
     model = build(teacher=dict(config=teacher, allow_random=True))
     level = model.terms['pixel'].levels[0]
-    assert (level.student[2:], level.teacher[2:]) == ((12, 24), (6, 12))
+    assert (level.student[2:], level.teacher[2:]) == ((6, 8), (3, 4))
     assert torch.isfinite(step(model)['loss_kd_pixel'])
 
 

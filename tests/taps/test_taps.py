@@ -8,6 +8,7 @@ import weakref
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from mmstructkd.errors import TapError
 from mmstructkd.taps import Capture, Tap
@@ -105,7 +106,7 @@ def test_a_range_must_hold_tensors() -> None:
     net = Shared()
     for text, message in (
         ('neck[5:]', r'`\[5:\]` must exist in the output, got tuple of 2'),
-        ('head[*]', 'got Tensor'),
+        ('head[*]', r'`\[\*\]` must pick one of several outputs, got one tensor of shape \(1, 3, 2, 2\)'),
     ):
         with pytest.raises(TapError, match=message), Capture(net, [Tap.parse(text)]):
             net(torch.rand(1, 1, 2, 2))
@@ -160,3 +161,187 @@ def test_nothing_is_left_behind() -> None:
     gc.collect()
     assert alive() is None
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
+
+
+@pytest.mark.parametrize(
+    ('text', 'meant'),
+    [
+        ('decode_head.conv_seg.', 'decode_head.conv_seg'),
+        ('decode_head..conv_seg', 'decode_head.conv_seg'),
+        ('.neck[2]', 'neck[2]'),
+        ('neck.[2]', 'neck[2]'),
+        (' neck[2]', 'neck[2]'),
+        ('neck [2]', 'neck[2]'),
+        ('neck[ 2 ]', 'neck[2]'),
+        ('neck\n', 'neck'),
+        ('in: neck', 'in:neck'),
+        ('heads[1].conv', 'heads.1.conv'),
+        ('in:heads[1].convs[0].norm', 'in:heads.1.convs.0.norm'),
+    ],
+)
+def test_a_tap_of_the_wrong_form_names_the_right_one(text: str, meant: str) -> None:
+    with pytest.raises(TapError, match='must read') as caught:
+        Tap.parse(text)
+    assert f'got {text!r}. Did you mean {meant!r}?' in str(caught.value)
+    assert str(Tap.parse(meant)) == meant
+
+
+@pytest.mark.parametrize('text', ['neck[-2:]', 'neck[1:2:3]', 'neck[]', 'neck[[0]]', 'neck[a b]', 'n-eck', '1.conv'])
+def test_keys_that_are_none(text: str) -> None:
+    with pytest.raises(TapError, match='must read'):
+        Tap.parse(text)
+
+
+@pytest.mark.parametrize('text', ['neck[-1]', "head['a b']", 'head["x-y"]', 'head[scores]'])
+def test_keys_come_back_as_they_were(text: str) -> None:
+    tap = Tap.parse(text)
+    assert Tap.parse(str(tap)) == tap
+
+
+class Outputs(nn.Module):
+    """A tensor, a tuple of tensors, a dict with both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.named = nn.Identity(), nn.Identity(), nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.two((x, x))
+        self.named({'map': x, 'maps': [x, x]})
+        return self.one(x)
+
+
+@pytest.mark.parametrize(
+    ('text', 'whole'),
+    [
+        ('one[0]', 'one'),
+        ('one[-1]', 'one'),
+        ('one[*]', 'one'),
+        ('one[:1]', 'one'),
+        ('two[0][1]', 'two[0]'),
+        ('named[map][0]', 'named[map]'),
+        ('named[maps][1][*]', 'named[maps][1]'),
+        ('in:one[0]', 'in:one'),
+    ],
+)
+def test_an_index_picks_no_image(text: str, whole: str) -> None:
+    tap, net = Tap.parse(text), Outputs()
+    with pytest.raises(TapError) as caught, Capture(net, [tap]):
+        net(torch.rand(4, 3, 2, 2))
+    assert 'got one tensor of shape (4, 3, 2, 2); an index would pick an image' in str(caught.value)
+    assert str(caught.value).endswith(f"Write '{whole}'.")
+    with Capture(net, [Tap.parse(whole)]) as capture:
+        net(torch.rand(4, 3, 2, 2))
+    assert capture.records[Tap.parse(whole)][0].shape == (4, 3, 2, 2)
+
+
+class Losses(nn.Module):
+    """A head with a loss, as mmseg's have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv_cls = nn.Conv2d(2, 2, 1)
+        self.loss_clss = nn.ModuleList([nn.CrossEntropyLoss()])
+        self.data_preprocessor = nn.Identity()
+
+
+def test_hints_name_what_can_be_tapped() -> None:
+    for text in ('conv_clss', 'loss_cls', 'data_preprocesor', 'losses'):
+        with pytest.raises(TapError, match='conv_cls') as caught:
+            Tap.parse(text).resolve(Losses(), 'x')
+        assert "'loss_clss" not in str(caught.value)
+        assert "'data_preprocessor'" not in str(caught.value)
+
+
+# --- which tensors a gradient leaves -------------------------------------------------------------------------
+
+
+class Chain(nn.Module):
+    """Five convolutions, each with a fault of its own."""
+
+    def __init__(self, reentrant: bool = True) -> None:
+        super().__init__()
+        self.frozen = nn.Conv2d(3, 3, 1).requires_grad_(False)
+        self.plain = nn.Conv2d(3, 3, 1)
+        self.block = Block(reentrant)
+        self.aside = nn.Conv2d(3, 3, 1)
+        self.detached = Detached()
+        self.labels = Labels()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.block(self.plain(self.frozen(x)))
+        with torch.no_grad():
+            self.aside(x)
+        self.labels(x)
+        return x + self.detached(x)
+
+
+class Block(nn.Module):
+    """Checkpoints what it does, as the blocks of mmseg's and mmdet's backbones do."""
+
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__()
+        self.conv, self.act = nn.Conv2d(3, 3, 1), nn.ReLU()
+        self.reentrant = reentrant
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return checkpoint(lambda x: self.act(self.conv(x)), x, use_reentrant=self.reentrant)
+
+
+class Detached(nn.Conv2d):
+    """A convolution whose result is cut off."""
+
+    def __init__(self) -> None:
+        super().__init__(3, 3, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x).detach()
+
+
+class Labels(nn.Module):
+    """The best channel."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.argmax(1)
+
+
+CUTS = {
+    'frozen': 'frozen',
+    'in:frozen': 'frozen',
+    'in:plain': 'frozen',
+    'block.conv': 'checkpoint',
+    'block.act': 'checkpoint',
+    'in:block.act': 'checkpoint',
+    'aside': 'no_grad',
+    'detached': 'detached',
+    'labels': 'dtype',
+}
+
+
+@pytest.mark.parametrize('reentrant', [True, False])
+def test_it_says_why_no_gradient_leaves_a_tap(reentrant: bool) -> None:
+    net, free = Chain(reentrant), ['plain', 'block', 'in:block', 'in:block.conv', 'in:aside']
+    want = dict(CUTS)
+    if not reentrant:  # runs with a graph, whose tensors are computed again when they are asked for
+        free += [text for text, why in want.items() if why == 'checkpoint']
+        want = {text: why for text, why in want.items() if why != 'checkpoint'}
+    with Capture(net, [Tap.parse(text) for text in (*want, *free)]) as capture:
+        net(torch.rand(1, 3, 2, 2))
+    assert {str(tap): why for tap, why in capture.cut.items()} == want
+    with torch.no_grad(), Capture(net, [Tap.parse(text) for text in want]) as capture:
+        net(torch.rand(1, 3, 2, 2))
+    assert not capture.cut  # nobody asks for gradients
+
+
+def test_a_tap_inside_a_checkpoint_with_a_graph_gets_its_gradient() -> None:
+    """What non-reentrant checkpointing gives is what no checkpointing gives."""
+    net, x, tap = Chain(reentrant=False), torch.rand(1, 3, 2, 2), Tap.parse('block.conv')
+    with Capture(net, [tap]) as capture:
+        out = net(x)
+    (out.sum() + capture.records[tap][0].square().sum()).backward()
+    got = net.plain.weight.grad.clone()
+    net.zero_grad()
+    inner = net.block.conv(net.plain(net.frozen(x)))
+    out = net.block.act(inner)
+    ((out + net.detached(out)).sum() + inner.square().sum()).backward()
+    torch.testing.assert_close(got, net.plain.weight.grad)

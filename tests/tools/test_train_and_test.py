@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmstructkd.compat import read_checkpoint
+from mmstructkd.checkpoints import read_checkpoint
 from mmstructkd.registry import MODELS
 from mmstructkd.testing import toy_config, toy_distiller, toy_segmentor
 

@@ -1,0 +1,341 @@
+"""Runs a student once, as training will run it: what its taps give, and whether a gradient leaves them.
+
+Nothing of it stays: the student itself is not run but a copy that shares its
+weights, so that its buffers, its counters and its modes are what they were.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from mmengine.logging import print_log
+from torch import Tensor, nn
+
+from mmstructkd.compat import current_config
+from mmstructkd.distillers.batches import fixed_size, needs_of, pipeline_size, synthetic_batch
+from mmstructkd.distillers.targets import probe_samples
+from mmstructkd.errors import ConfigError, TapError
+from mmstructkd.taps import (
+    Capture,
+    ForwardFailed,
+    RegionRecorder,
+    Regions,
+    Tap,
+    find_route,
+    in_features,
+    in_point_head,
+    in_region_head,
+    probe_regions,
+    recorded_points,
+    with_points,
+)
+
+__all__ = [
+    'Probe',
+    'check_probe_size',
+    'explain_cut',
+    'no_way',
+    'on_device',
+    'probe_devices',
+    'probe_sizes',
+    'probe_student',
+]
+
+#: Tried one after another on a network that says nothing about its input. Strides up to 128 give maps of sizes of
+#: their own on the first, and 3x6 at stride 32: deformable convolutions refuse 2x4.
+SIZES = ((96, 192), (256, 384), (512, 768), (800, 1344))
+#: Most pixels of the first attempt on a network that says what it is fed in training.
+CHEAP = 256 * 512
+
+
+@dataclass(frozen=True, eq=False)
+class Probe:
+    """What a student showed.
+
+    Attributes:
+        inputs: what it was fed, shape (1, 3, H, W).
+        samples: with the labels that a batch of its task has.
+        capture: its records.
+        regions: what RoI and point heads looked at.
+        chosen: whether the student has chosen them.
+    """
+
+    inputs: Tensor
+    samples: list[Any]
+    capture: Capture
+    regions: Regions
+    chosen: bool
+
+    def to(self, device: str) -> Probe:
+        """The same on another device."""
+        parts = {part.name: getattr(self.regions, part.name) for part in dataclasses.fields(self.regions)}
+        moved = type(self.regions)(**{name: [tensor.to(device) for tensor in part] for name, part in parts.items()})
+        return Probe(self.inputs.to(device), self.samples, on_device(self.capture, device), moved, self.chosen)
+
+
+def on_device(capture: Capture, device: str) -> Capture:
+    """Move the records of a capture.
+
+    Args:
+        capture: changed in place.
+        device: where to.
+
+    Returns:
+        The capture.
+    """
+    for tap, tensors in capture.records.items():
+        capture.records[tap] = [tensor.to(device) for tensor in tensors]
+    return capture
+
+
+def probe_devices(student: nn.Module) -> list[str | None]:
+    """Devices to probe on: where the student is, then the GPU, which may know an operator that the CPU lacks.
+
+    Args:
+        student: the student.
+
+    Returns:
+        Names; ``None``: where it is.
+    """
+    here = next((parameter.device.type for parameter in student.parameters()), 'cpu')
+    return [None, 'cuda'] if here == 'cpu' and torch.cuda.is_available() else [None]
+
+
+def check_probe_size(size: Any) -> tuple[int, int] | None:
+    """Read ``probe_size`` of a config.
+
+    Args:
+        size: (h, w), or ``None``.
+
+    Returns:
+        The same.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    if size is None:
+        return None
+    sides = list(size) if isinstance(size, (tuple, list)) else []
+    if len(sides) != 2 or not all(isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in sides):
+        raise ConfigError(
+            f'StructuredDistiller: `probe_size` must be two whole numbers (h, w) above 0, got {size!r}. '
+            'Write the size that training feeds, e.g. probe_size=(512, 1024), or leave it out.'
+        )
+    return (sides[0], sides[1])
+
+
+def probe_sizes(networks: Sequence[nn.Module | None]) -> list[tuple[int, int]]:
+    """Sizes to probe at, the cheapest first.
+
+    What the networks say they are made for, and what the train pipeline makes
+    where a run builds them, first shrunk to at most 256x512 pixels; where there
+    is neither, 96x192 and then what detectors are fed.
+
+    Args:
+        networks: the student, then the teacher; ``None``: there is none.
+
+    Returns:
+        Pairs (H, W), each once.
+    """
+    cfg = current_config()
+    asked = [fixed_size(network) for network in networks if network is not None]
+    asked.insert(1, None if cfg is None else pipeline_size(cfg))
+    made = [size for size in asked if size is not None]
+    sizes: list[tuple[int, int]] = []
+    for height, width in made:
+        if height * width > CHEAP:
+            scale = (CHEAP / (height * width)) ** 0.5
+            sizes.append((max(int(height * scale) // 128, 1) * 128, max(int(width * scale) // 128, 1) * 128))
+        sizes.append((height, width))
+    largest = max((height * width for height, width in sizes), default=0)
+    sizes += [size for size in SIZES if size[0] * size[1] > largest]
+    return list(dict.fromkeys(sizes))
+
+
+@contextlib.contextmanager
+def _stand_in(network: nn.Module) -> Iterator[nn.Module]:
+    """A copy of a network that shares its parameters, in training mode, normalising by what it has stored.
+
+    One image makes no batch statistics, and processes are not waited for. What
+    the copy changes in buffers and attributes is gone with it.
+    """
+    shared: dict[int, Any] = {id(parameter): parameter for parameter in network.parameters()}
+    twin = copy.deepcopy(network, shared)
+    twin.train()
+    for module in twin.modules():
+        if 'BatchNorm' in type(module).__name__:
+            module.eval()
+    preprocessor = getattr(twin, 'data_preprocessor', None)
+    if getattr(preprocessor, 'batch_augments', None) is not None:
+        preprocessor.batch_augments = None  # they would resize or pad what is probed
+    yield twin
+
+
+@contextlib.contextmanager
+def _graph_only() -> Iterator[None]:
+    """Build graphs, to see where gradients reach, and keep no tensor for them."""
+
+    def refuse(_: Any) -> Tensor:
+        raise RuntimeError('a probe has no backward pass')
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda tensor: None, refuse):
+        yield
+
+
+def _batch(twin: nn.Module, size: tuple[int, int], device: torch.device) -> tuple[Tensor, list[Any]]:
+    """One image of noise with labels of the student's task, as its data preprocessor makes it."""
+    preprocessor = getattr(twin, 'data_preprocessor', None)
+    if getattr(preprocessor, 'size', None) is not None:
+        preprocessor.size = size
+    try:
+        batch = synthetic_batch(twin, size, 1, needs=needs_of(twin, current_config()))
+        inputs, samples = batch['inputs'], batch['data_samples']
+        if isinstance(inputs, Tensor) and inputs.dim() == 4:
+            return inputs.to(device), samples
+    except Exception as err:  # a preprocessor may want anything of a data pipeline of its own
+        print_log(f'The probe goes on without labels: {type(err).__name__}: {err}', 'current', level=10)
+    noise = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0))
+    return noise.to(device), probe_samples(1, size)
+
+
+def _routes(student: nn.Module, taps: Sequence[Tap]) -> list[str]:
+    """Ways to run a student in training mode that may pass the taps, the cheapest first."""
+    if all(map(in_features, taps)):
+        return ['features', 'loss']
+    return ['tensor', 'loss'] if any(map(in_region_head, taps)) else ['loss']
+
+
+def probe_student(
+    student: nn.Module, taps: Sequence[Tap], size: tuple[int, int], owners: Mapping[Tap, str] | None = None
+) -> Probe:
+    """Run a student as training does and record its taps.
+
+    Args:
+        student: a segmentor, depth estimator or detector.
+        taps: places to record.
+        size: (H, W) of the image.
+        owners: who asks for each tap, for messages.
+
+    Returns:
+        What it showed, without a graph.
+
+    Raises:
+        ForwardFailed: the network cannot be run at this size.
+        TapError: a tap names an output that is not there, or only inference
+            passes it.
+    """
+    taps = tuple(dict.fromkeys(taps))
+    device = next((parameter.device for parameter in student.parameters()), torch.device('cpu'))
+    with _stand_in(student) as twin:
+        inputs, samples = _batch(twin, size, device)
+        regions: Regions = probe_regions(1, (int(inputs.shape[-2]), int(inputs.shape[-1])))
+        regions = type(regions)(
+            boxes=[boxes.to(device) for boxes in regions.boxes], masks=[boxes.to(device) for boxes in regions.masks]
+        )
+        chosen = False
+        with recorded_points(twin) as points, RegionRecorder(twin) as recorder:
+            try:
+                with _graph_only():
+                    capture, route = find_route(twin, inputs, samples, taps, _routes(twin, taps), regions=regions)
+            except ForwardFailed as err:
+                capture = _in_eval(twin, inputs, samples, taps, regions)
+                if capture is None:
+                    raise
+                print_log(
+                    f'The training step of {type(student).__name__} could not be tried before training ({err}). '
+                    'Shapes are those of inference.',
+                    'current',
+                    level=30,
+                )
+            else:
+                chosen = route == 'loss' and any(map(in_region_head, taps))
+                regions = recorder.regions if chosen else regions
+            if any(in_point_head(twin, tap) for tap in taps):
+                regions, chosen = with_points(regions, list(points)), True
+        missed = [tap for tap, passes in capture.passes.items() if not passes]
+        if missed:
+            _refuse_missed(twin, inputs, samples, missed, regions, owners or {})
+    for tap, tensors in capture.records.items():
+        capture.records[tap] = [tensor.detach() for tensor in tensors]
+    return Probe(inputs, samples, capture, regions, chosen)
+
+
+def _in_eval(
+    twin: nn.Module, inputs: Tensor, samples: list[Any], taps: Sequence[Tap], regions: Regions
+) -> Capture | None:
+    """What inference shows of the taps; ``None`` where it does not pass them either."""
+    twin.eval()
+    with torch.no_grad(), contextlib.suppress(ForwardFailed, TapError):
+        capture, _ = find_route(twin, inputs, samples, taps, ['tensor', 'predict'], regions=regions)
+        if all(capture.passes.values()):
+            return capture
+    return None
+
+
+def _refuse_missed(
+    twin: nn.Module,
+    inputs: Tensor,
+    samples: list[Any],
+    missed: Sequence[Tap],
+    regions: Regions,
+    owners: Mapping[Tap, str],
+) -> None:
+    """Say why training does not pass a tap."""
+    tap = missed[0]
+    found = _in_eval(twin, inputs, samples, [tap], regions)
+    why = 'which the forward pass does not reach'
+    if found is not None:
+        why = 'which only runs in eval, not in a training step'
+    raise TapError(
+        f'{owners.get(tap, "a tap")}: `student` must name a module that runs in training, got {str(tap)!r}, {why}. '
+        'Tap a module that training calls.'
+    )
+
+
+def explain_cut(reason: str, tap: Tap) -> str:
+    """Say why no gradient leaves a tap, and what to do.
+
+    Args:
+        reason: of :attr:`~mmstructkd.taps.Capture.cut`.
+        tap: the student's tap.
+
+    Returns:
+        The end of a message: what was got, and the way out.
+    """
+    outside = "Tap the block's own output, or set with_cp=False there"
+    return {
+        'checkpoint': f'inside a checkpointed block (with_cp), which runs without a graph and is computed again in the '
+        f'backward pass. {outside}',
+        'no_grad': 'in a part that runs under torch.no_grad(). Tap a module outside of it',
+        'dtype': 'a tensor of whole numbers, which has no gradient. Tap what it is made of',
+        'detached': 'a tensor that its own module has cut off the graph (detach). Tap a module before that',
+        'frozen': f'in a frozen part of the student: nothing that is trained lies before {str(tap)!r}. Tap a deeper '
+        'module, or train that part (frozen_stages=-1)',
+    }[reason]
+
+
+def no_way(role: str, err: ForwardFailed, sizes: Sequence[tuple[int, int]], given: bool) -> TapError:
+    """The error for a network that no attempt could run.
+
+    Args:
+        role: ``'student'`` or ``'teacher'``.
+        err: of the last attempt.
+        sizes: those that were tried.
+        given: whether the config has set ``probe_size``.
+
+    Returns:
+        The error.
+    """
+    tried = ', '.join(f'{height}x{width}' for height, width in sizes)
+    set_size = '`probe_size`' if given else 'probe_size=(h, w) of the distiller'
+    return TapError(
+        f'StructuredDistiller: the {role} ({err.network}) must run before training on one image of noise, so that its '
+        f'taps {[str(tap) for tap in err.taps]} are known, got {err} (way {err.route!r}, inputs of {tried}). '
+        f'Set {set_size} to the size that training feeds, or tap a module before that.'
+    )
