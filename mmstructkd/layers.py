@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from mmcv.cnn import ConvModule
+from torch import nn
 
+from mmstructkd.arguments import check_call
 from mmstructkd.errors import ConfigError, shown
+from mmstructkd.registry import MODELS, look_up
 
 __all__ = ['check_layers']
 
@@ -35,6 +39,11 @@ def check_layers(
     for argument, config in (('conv_cfg', conv_cfg), ('norm_cfg', norm_cfg), ('act_cfg', act_cfg)):
         if config is None:
             continue
+        kind = config.get('type')
+        cls = look_up(MODELS, kind) if isinstance(kind, str) else kind
+        if isinstance(cls, type) and issubclass(cls, nn.Module):
+            given = {name: value for name, value in config.items() if name not in ('type', 'requires_grad')}
+            check_call(f'{owner}: `{argument}`', cls, (), given, filled=inspect.signature(cls).parameters)
         settings: dict[str, Any] = {'act_cfg': None, argument: dict(config)}
         try:
             with torch.random.fork_rng(devices=[]):  # a convolution draws its weights

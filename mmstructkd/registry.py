@@ -155,6 +155,6 @@ def look_up(registry: Registry, name: str) -> Any:
         The class or function; ``None`` where there is none, or no scope of that name.
     """
     try:
-        return registry.get(name)
-    except (AssertionError, ImportError, KeyError, ValueError):
+        return registry.get(name) if name else None
+    except (AssertionError, ImportError, KeyError, RuntimeError, ValueError):  # what a scope that is none leads to
         return None

@@ -22,7 +22,7 @@ MAY_IMPORT = {
     'randomness': set(),
     'functional': {'errors', 'structures'},
     'registry': {'arguments', 'errors'},
-    'layers': {'errors'},
+    'layers': {'errors', 'arguments', 'registry'},
     'checkpoints': {'errors'},
     'compat': {'errors', 'checkpoints'},
     'connectors': {'functional'},

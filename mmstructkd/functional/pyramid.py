@@ -26,6 +26,8 @@ def check_sizes(owner: str, sizes: Sequence[int]) -> tuple[int, ...]:
         raise ConfigError(
             f'{owner}: `sizes` must be a sequence of integers above 0, got {sizes!r}. Use () for the map alone.'
         )
+    if len(set(sizes)) < len(sizes):
+        raise ConfigError(f'{owner}: `sizes` must name each size once, got {sizes!r}.')
     return tuple(sizes)
 
 
