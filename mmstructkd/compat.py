@@ -8,6 +8,7 @@ run any number of times.
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 import os
@@ -37,17 +38,24 @@ from mmengine.fileio.file_client import HardDiskBackend
 from mmengine.hooks import CheckpointHook
 from mmengine.logging import HistoryBuffer
 from mmengine.model import is_model_wrapper
-from mmengine.runner import Runner
+from mmengine.optim import OptimWrapper
+from mmengine.runner import FlexibleRunner, Runner
 from torch import nn
 
 from mmstructkd.errors import CheckpointError, ConfigError, suggest
+from mmstructkd.streams import follow
 
 __all__ = [
+    'advance_training_data',
+    'checkpoint_to_resume',
     'install',
     'local_checkpoint',
     'pad_value',
+    'paths_as_text',
     'prepare_cpu_distributed',
+    'prepare_to_resume',
     'read_checkpoint',
+    'reseed_workers',
     'swaps_channels',
 ]
 
@@ -61,7 +69,9 @@ def install() -> None:
     allow_plain_types()
     save_atomically()
     remove_after_saving()
+    keep_accumulated_gradients()
     let_models_prepare_runner()
+    let_configs_hold_paths()
     let_cpu_ops_take_bf16()
 
 
@@ -441,10 +451,15 @@ class _RemoveLater:
 
 
 def remove_after_saving() -> None:
-    """Let ``CheckpointHook`` drop old checkpoints after the new one is written.
+    """Let ``CheckpointHook`` drop old checkpoints after the new one is written, and ask all processes beforehand.
 
     With ``max_keep_ckpts=1``, and for each new best checkpoint, it removes the
     old file first: a crash while the new one is written would leave none.
+
+    ``Runner.save_checkpoint`` runs in the first process alone, and so does
+    ``before_save_checkpoint``: no hook can collect what the others hold. These
+    methods run in all of them, and call ``before_checkpoint`` of the hooks that
+    have it.
     """
     for name in ('_save_checkpoint_with_step', '_save_best_checkpoint'):
         original = getattr(CheckpointHook, name, None)
@@ -454,11 +469,13 @@ def remove_after_saving() -> None:
 
 def _removing_later(original: Callable) -> Callable:
     @functools.wraps(original)
-    def method(self: CheckpointHook, *args: Any, **kwargs: Any) -> None:
+    def method(self: CheckpointHook, runner: Any, *args: Any, **kwargs: Any) -> None:
+        if self.save_best or original.__name__ != '_save_best_checkpoint':
+            runner.call_hook('before_checkpoint')
         backend = self.file_backend
         later = self.file_backend = _RemoveLater(backend)
         try:
-            original(self, *args, **kwargs)
+            original(self, runner, *args, **kwargs)
         finally:
             self.file_backend = backend
         # One step may be saved twice under one name; what stands there now is new.
@@ -470,7 +487,223 @@ def _removing_later(original: Callable) -> Callable:
     return method
 
 
+# --- resuming ------------------------------------------------------------------------------------------------
+
+
+def checkpoint_to_resume(work_dir: str | os.PathLike, load_from: str | os.PathLike | None = None) -> str | None:
+    """Return the checkpoint from which a run is resumed.
+
+    mmengine opens whatever ``last_checkpoint`` says, an empty name included,
+    and begins anew where that file is absent, over the checkpoints of before.
+
+    Args:
+        work_dir: folder of the run.
+        load_from: the checkpoint that was asked for; ``None``: the latest of
+            the folder.
+
+    Returns:
+        Its path or address; ``None`` where the folder has no checkpoint yet.
+
+    Raises:
+        CheckpointError: the file is not there; ``last_checkpoint`` is empty or
+            names something else than a file; or it is absent beside checkpoints.
+    """
+    if load_from is not None:
+        name = os.fspath(load_from)
+        return name if '://' in name else local_checkpoint(name)
+    folder = Path(work_dir)
+    record = folder / 'last_checkpoint'
+    there = sorted(
+        (path for path in folder.glob('*.pth') if re.fullmatch(r'(iter|epoch)_\d+', path.stem)),
+        key=lambda path: path.stat().st_mtime,
+    )
+    way_out = (
+        f'The newest one there is {there[-1].name}: resume with --resume {there[-1]} (resume=True, load_from=...).'
+        if there
+        else 'There is none to resume from; without --resume the training begins anew.'
+    )
+    if not record.exists():
+        if there:
+            raise CheckpointError(
+                f'checkpoint_to_resume: {str(folder)!r} must have a file `last_checkpoint`, '
+                f'got checkpoints without it. {way_out} Another work-dir begins anew.'
+            )
+        return None
+    try:
+        name = record.read_text(encoding='utf-8').strip()
+    except (OSError, UnicodeDecodeError) as err:
+        name, problem = '', f'one that cannot be read ({type(err).__name__})'
+    else:
+        problem = f'{name[:200]!r}, which is not there' if name else 'an empty one'
+        if name and '\0' not in name and Path(name).is_dir():
+            problem = f'the folder {name!r}'
+    if name and ('://' in name or ('\0' not in name and len(name) < 4096 and Path(name).is_file())):
+        return name
+    raise CheckpointError(f'checkpoint_to_resume: {str(record)!r} must name a checkpoint, got {problem}. {way_out}')
+
+
+def prepare_to_resume(runner: Any) -> None:
+    """Let a run be resumed exactly: look for its checkpoint, and let the training data know where they stand.
+
+    Args:
+        runner: a runner that has built no loop yet. Where it is to resume the
+            latest checkpoint and there is none yet, it begins anew and says so;
+            mmengine says then that it resumed.
+
+    Raises:
+        CheckpointError: see :func:`checkpoint_to_resume`.
+    """
+    if runner._resume:
+        asked = runner._resume if isinstance(runner._resume, str) else runner._load_from
+        if checkpoint_to_resume(runner.work_dir, asked) is None:
+            runner.logger.warning(f'There is no checkpoint in {runner.work_dir!r} to resume from: the training begins.')
+            runner._resume = False
+    build, deferred = runner.build_dataloader, bool(runner._resume)
+
+    def build_dataloader(dataloader: Any, *args: Any, **kwargs: Any) -> Any:
+        loader = build(dataloader, *args, **kwargs)
+        return follow(loader, deferred=deferred) if dataloader is runner._train_dataloader else loader
+
+    runner.build_dataloader = build_dataloader
+
+
+class _Advanced:
+    """The iterator of an ``IterBasedTrainLoop`` that is brought to its place in another way than mmengine's.
+
+    Args:
+        batches: mmengine's own iterator.
+        steps: how many batches the loop leaves out.
+        advance: gets ``batches`` and brings it there.
+    """
+
+    def __init__(self, batches: Any, steps: int, advance: Callable[[Any], None]) -> None:
+        self._batches, self._advance = batches, advance
+        # The onedl line calls `skip_iter`; the openmmlab line takes that many batches and drops them.
+        self._left = 0 if hasattr(batches, 'skip_iter') else steps
+        self._steps = self._left
+
+    def __iter__(self) -> _Advanced:
+        return self
+
+    def __next__(self) -> Any:
+        if not self._left:
+            return next(self._batches)
+        if self._left == self._steps:
+            self._advance(self._batches)
+        self._left -= 1
+        return None
+
+    def skip_iter(self, num_iters: int) -> None:
+        """Bring it there, on the onedl line."""
+        self._advance(self._batches)
+
+
+def advance_training_data(loop: Any, advance: Callable[[Any], None]) -> None:
+    """Go on with the data of a resumed iteration-based loop in another way than mmengine's.
+
+    mmengine takes and drops all batches of before (openmmlab line), or leaves
+    out their indices, so that workers draw other random numbers (onedl line).
+
+    Args:
+        loop: an ``IterBasedTrainLoop`` that was resumed and not run yet.
+        advance: gets the iterator and brings it to where the run goes on.
+    """
+    loop.dataloader_iterator = _Advanced(loop.dataloader_iterator, loop.iter, advance)
+
+
+def reseed_workers(loader: Any, seed: int | None) -> None:
+    """Let the workers of a loader be seeded from another seed.
+
+    mmengine builds the dataloader before it reads the checkpoint's seed.
+
+    Args:
+        loader: a ``DataLoader`` that mmengine built.
+        seed: the runner's seed.
+    """
+    seeding = getattr(loader, 'worker_init_fn', None)
+    if isinstance(seeding, functools.partial) and 'seed' in seeding.keywords and seed is not None:
+        loader.worker_init_fn = functools.partial(seeding.func, *seeding.args, **{**seeding.keywords, 'seed': seed})
+
+
+def keep_accumulated_gradients() -> None:
+    """Let an optim wrapper go on within a window of accumulation where the gradients so far were restored.
+
+    mmengine says that they are lost, whatever is in ``.grad``. Who restores
+    them sets ``gradients_kept`` on the wrapper.
+    """
+    original = OptimWrapper.initialize_count_status
+    if hasattr(original, _MARK):
+        return
+
+    @functools.wraps(original)
+    def initialize_count_status(self: OptimWrapper, model: nn.Module, init_counts: int, max_counts: int) -> None:
+        if not getattr(self, 'gradients_kept', False):
+            original(self, model, init_counts, max_counts)
+            return
+        original(self, model, init_counts - init_counts % self._accumulative_counts, max_counts)
+        self._inner_count = init_counts
+
+    setattr(initialize_count_status, _MARK, original)
+    OptimWrapper.initialize_count_status = initialize_count_status
+
+
 # --- running -------------------------------------------------------------------------------------------------
+
+
+def let_configs_hold_paths() -> None:
+    """Let a config of a run hold ``pathlib.Path``.
+
+    mmengine writes it as ``/a/b`` without quotes and then cannot read what it wrote.
+    """
+    for runner in (Runner, FlexibleRunner):
+        original = runner.from_cfg.__func__
+        if not hasattr(original, _MARK):
+            runner.from_cfg = classmethod(_with_paths_as_text(original))
+
+
+def _with_paths_as_text(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def from_cfg(cls: type, cfg: Any) -> Any:
+        return original(cls, paths_as_text(cfg))
+
+    setattr(from_cfg, _MARK, original)
+    return from_cfg
+
+
+def paths_as_text(config: Any) -> Any:
+    """Return a config in which every ``pathlib.Path`` is its text.
+
+    Args:
+        config: a config, or a part of one.
+
+    Returns:
+        The same object where there is none in it, else a copy.
+    """
+    holder = config._cfg_dict if isinstance(config, Config) else config
+    if not _holds_path(holder):
+        return config
+    twin = copy.deepcopy(config)
+    _replace_paths(twin._cfg_dict if isinstance(twin, Config) else twin)
+    return twin
+
+
+def _holds_path(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(map(_holds_path, value.values()))
+    if isinstance(value, (list, tuple)):
+        return any(map(_holds_path, value))
+    return isinstance(value, os.PathLike)
+
+
+def _replace_paths(value: Any) -> Any:
+    if isinstance(value, dict):
+        for key in value:
+            value[key] = _replace_paths(value[key])
+    elif isinstance(value, list):
+        value[:] = map(_replace_paths, value)
+    elif type(value) is tuple:
+        value = tuple(map(_replace_paths, value))
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def let_models_prepare_runner() -> None:

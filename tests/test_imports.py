@@ -20,7 +20,8 @@ MAY_IMPORT = {
     'structures': set(),
     'functional': {'errors', 'structures'},
     'registry': set(),
-    'compat': {'errors'},
+    'streams': set(),
+    'compat': {'errors', 'streams'},
     'connectors': {'functional'},
     'temperatures': {'functional'},
     'critics': {'functional'},
@@ -31,7 +32,7 @@ MAY_IMPORT = {
     'losses': {'functional', 'connectors', 'temperatures', 'critics', 'memories', 'taps'},
     'optim': {'functional', 'compat'},
     'distillers': {'functional', 'losses', 'connectors', 'critics', 'taps', 'optim', 'compat'},
-    'hooks': {'functional', 'losses', 'connectors', 'critics', 'taps', 'optim', 'compat', 'distillers'},
+    'hooks': {'functional', 'losses', 'connectors', 'critics', 'taps', 'optim', 'compat', 'streams', 'distillers'},
     'evaluation': {'functional', 'taps', 'compat', 'distillers'},
     'visualization': {
         'functional',

@@ -16,6 +16,7 @@ from mmengine.model import BaseModel
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
+from mmstructkd.compat import prepare_to_resume
 from mmstructkd.distillers.targets import collect_targets, head_of, probe_samples, probe_targets, task_of
 from mmstructkd.distillers.teacher import TeacherSource
 from mmstructkd.distillers.term import Term, parse_terms
@@ -365,6 +366,7 @@ class StructuredDistiller(BaseModel):
         for name in (*RUNNER_HOOKS, *self._teacher.hooks):
             if name not in present:
                 runner.register_hook(HOOKS.build({'type': f'mmstructkd.{name}'}))
+        prepare_to_resume(runner)
         settings = runner.optim_wrapper
         constructor = 'mmstructkd.DistillOptimWrapperConstructor'
         if isinstance(settings, dict) and settings.get('constructor') != constructor and 'optimizer' in settings:

@@ -1,0 +1,178 @@
+"""A run that was stopped and resumed ends as the one that was not, to the last bit."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS, TRANSFORMS
+from mmengine.runner import Runner
+from mmcv.transforms import BaseTransform
+
+from mmstructkd.compat import read_checkpoint
+from mmstructkd.testing import toy_config, toy_distiller, toy_segmentor, toy_terms
+
+
+class Interrupt(Hook):
+    """Stops a run as ctrl-C would: after an iteration and its checkpoint, or after a validation."""
+
+    priority = 'LOWEST'
+
+    def __init__(self, at: int, stage: str = 'train') -> None:
+        self.at, self.stage = at, stage
+
+    def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        if self.stage == 'train' and runner.iter + 1 == self.at:
+            raise KeyboardInterrupt
+
+    def before_val_epoch(self, runner: Runner) -> None:
+        if self.stage == 'before_val' and runner.iter == self.at:
+            raise KeyboardInterrupt
+
+    def after_val_epoch(self, runner: Runner, metrics: dict | None = None) -> None:
+        if self.stage == 'val' and runner.iter == self.at:
+            raise KeyboardInterrupt
+
+
+@pytest.fixture(autouse=True)
+def noisy_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Registers a step of the pipeline that draws from all streams."""
+
+    class DrawAll(BaseTransform):
+        def transform(self, results: dict) -> dict:
+            shift = random.random() + np.random.rand() + torch.rand(()).item()
+            results['img'] = np.clip(results['img'] + 5 * shift, 0, 255).astype(results['img'].dtype)
+            return results
+
+    TRANSFORMS.register_module(module=DrawAll, name='DrawAll', force=True)
+
+
+def config(folder: Path, max_iters: int = 6, **changes: Any) -> Config:
+    """A run whose data draw from every stream."""
+    terms = {name: toy_terms()[name] for name in ('pixel', 'feature')}
+    model = toy_distiller(student=toy_segmentor(2), teacher=dict(config=toy_segmentor(2), allow_random=True), terms=terms)
+    cfg = toy_config(model, folder, max_iters=max_iters)
+    cfg.merge_from_dict(changes)
+    object.__setattr__(cfg, '_format_python_code', False)  # most of the time of a run as small as this
+    steps = cfg.train_dataloader.dataset.pipeline
+    cfg.train_dataloader.dataset.pipeline = [*steps[:-1], dict(type='DrawAll'), steps[-1]]
+    return cfg
+
+
+def by_epoch(cfg: Config, epochs: int = 2, **checkpoint: Any) -> Config:
+    """The same by epochs of four iterations."""
+    cfg.train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=epochs, val_interval=100)
+    cfg.train_dataloader.sampler = dict(type='DefaultSampler', shuffle=True)
+    cfg.default_hooks.checkpoint = dict(type='CheckpointHook', **{'interval': 1, **checkpoint})
+    return cfg
+
+
+def run(cfg: Config, *hooks: Hook) -> Runner:
+    """Train in this process, from a state of its own."""
+    runner = Runner.from_cfg(copy.deepcopy(cfg))
+    for hook in hooks:
+        runner.register_hook(hook, priority='LOWEST')
+    if hooks:
+        with pytest.raises(KeyboardInterrupt):
+            runner.train()
+    else:
+        runner.train()
+    return runner
+
+
+def same(first: Any, second: Any, where: str = '') -> None:
+    """Compare nested values to the last bit."""
+    if isinstance(first, torch.Tensor):
+        assert torch.equal(first, second), where
+    elif isinstance(first, np.ndarray):
+        assert np.array_equal(first, second), where
+    elif isinstance(first, dict):
+        assert list(first) == list(second), where
+        for key in first:
+            same(first[key], second[key], f'{where}.{key}')
+    elif isinstance(first, (list, tuple)):
+        assert len(first) == len(second), where
+        for i, (a, b) in enumerate(zip(first, second, strict=True)):
+            same(a, b, f'{where}[{i}]')
+    else:
+        assert first == second, where
+
+
+def assert_same_end(straight: Path, stopped: Path, *, also: tuple[str, ...] = ()) -> None:
+    """Compare everything that decides how a training goes on."""
+    first, second = read_checkpoint(straight), read_checkpoint(stopped)
+    for part in ('state_dict', 'optimizer', 'param_schedulers', *also):
+        same(first[part], second[part], part)
+    for part in ('iter', 'epoch', 'seed'):
+        assert first['meta'][part] == second['meta'][part]
+    for part in ('terms', 'processes', 'data', 'random'):
+        same(first['mmstructkd'][part], second['mmstructkd'][part], part)
+
+
+def assert_exact(
+    tmp_path: Path,
+    build: Callable[[Path], Config],
+    *stops: Interrupt,
+    last: str = 'iter_6.pth',
+    also: tuple[str, ...] = (),
+) -> Runner:
+    """Run straight on, and stopped and resumed at each of ``stops``; return the last resumed runner."""
+    run(build(tmp_path / 'straight'))
+    for number, stop in enumerate(stops):
+        folder = tmp_path / f'stopped{number}'
+        cfg = build(folder)
+        run(cfg, stop)
+        for stream in (random.seed, np.random.seed, torch.manual_seed):
+            stream(123)  # another process, another state
+        cfg.resume = True
+        resumed = run(cfg)
+        assert_same_end(tmp_path / 'straight' / last, folder / last, also=also)
+    return resumed
+
+
+LOADING = {
+    'no worker': {},
+    'two workers': dict(num_workers=2),
+    'three persistent workers': dict(num_workers=3, persistent_workers=True),
+}
+
+
+@pytest.mark.parametrize('loading', LOADING.values(), ids=LOADING)
+@pytest.mark.parametrize('sampler', ['InfiniteSampler', 'DefaultSampler'])
+def test_iterations(tmp_path: Path, loading: dict, sampler: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr('mmengine.runner.loops.time.sleep', lambda seconds: None)
+
+    def build(folder: Path) -> Config:
+        cfg = config(folder)
+        cfg.train_dataloader.update(loading, sampler=dict(type=sampler, shuffle=True))
+        return cfg
+
+    assert_exact(tmp_path, build, Interrupt(2), Interrupt(4))  # within the first pass through the data, and at its end
+
+
+@pytest.mark.parametrize('loading', LOADING.values(), ids=LOADING)
+def test_within_an_epoch_and_between_epochs(tmp_path: Path, loading: dict) -> None:
+    def build(folder: Path) -> Config:
+        cfg = by_epoch(config(folder), by_epoch=False, interval=2)
+        cfg.train_dataloader.update(loading)
+        return cfg
+
+    assert_exact(tmp_path, build, Interrupt(2), Interrupt(4), last='iter_8.pth')
+
+
+@pytest.mark.parametrize('loading', LOADING.values(), ids=LOADING)
+def test_epochs(tmp_path: Path, loading: dict) -> None:
+    def build(folder: Path) -> Config:
+        cfg = by_epoch(config(folder), epochs=3)
+        cfg.train_dataloader.update(loading)
+        return cfg
+
+    assert_exact(tmp_path, build, Interrupt(10), last='epoch_3.pth')
