@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from mmcv.ops import RoIAlign
 from mmcv.ops.nms import NMSop
+from mmengine._strategy import BaseStrategy, DDPStrategy, SingleDeviceStrategy
 from mmengine.config import Config
 from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.device import get_device
@@ -39,6 +40,7 @@ from mmengine.hooks import CheckpointHook
 from mmengine.logging import HistoryBuffer
 from mmengine.model import is_model_wrapper
 from mmengine.optim import OptimWrapper
+from mmengine.registry import MODELS
 from mmengine.runner import FlexibleRunner, Runner
 from torch import nn
 
@@ -61,6 +63,8 @@ __all__ = [
 
 # Marks a function that stands in front of one of mmengine's, so that no second one is put before it.
 _MARK = '_mmstructkd_wraps'
+# Set on a runner and on a model that have met.
+_PREPARED = '_mmstructkd_prepared'
 
 
 def install() -> None:
@@ -711,7 +715,8 @@ def let_models_prepare_runner() -> None:
 
     mmengine gives a model no way to ask for hooks. A distiller needs them to
     keep what it promises, also where a config of the user's names nothing but
-    ``custom_imports``.
+    ``custom_imports``. ``FlexibleRunner`` builds its model within ``train``, so
+    that a model with this method is built just before.
     """
     original = Runner.register_hooks
     if hasattr(original, _MARK):
@@ -720,14 +725,57 @@ def let_models_prepare_runner() -> None:
     @functools.wraps(original)
     def register_hooks(self: Runner, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
-        model = self.model.module if is_model_wrapper(self.model) else self.model
-        prepare = getattr(model, 'prepare_runner', None)
-        if callable(prepare) and not getattr(self, '_mmstructkd_prepared', False):
-            self._mmstructkd_prepared = True
-            prepare(self)
+        _prepare(self)
 
-    setattr(register_hooks, _MARK, original)
-    Runner.register_hooks = register_hooks
+    plain_train, build_wrapper = FlexibleRunner.train, BaseStrategy.build_optim_wrapper
+
+    @functools.wraps(plain_train)
+    def train(self: FlexibleRunner) -> nn.Module:
+        kind = self.model.get('type') if isinstance(self.model, dict) else type(self.model)
+        if hasattr(MODELS.get(kind) if isinstance(kind, str) else kind, 'prepare_runner'):
+            _check_strategy(self.strategy)
+            self.model = self.strategy.build_model(self.model)
+            _prepare(self)
+        return plain_train(self)
+
+    @functools.wraps(build_wrapper)
+    def build_optim_wrapper(self: BaseStrategy, optim_wrapper: Any, model: nn.Module | None = None) -> Any:
+        inner = model.module if model is not None and is_model_wrapper(model) else model
+        if hasattr(inner, 'prepare_runner') and not getattr(inner, _PREPARED, False):
+            raise ConfigError(
+                f'{type(inner).__name__}: `runner_type` must be prepared for it, got a FlexibleRunner that was started '
+                'before mmstructkd was imported. Start it with tools/train.py, or leave runner_type out.'
+            )
+        return build_wrapper(self, optim_wrapper, model)
+
+    for owner, method, replaced in (
+        (Runner, register_hooks, original),
+        (FlexibleRunner, train, plain_train),
+        (BaseStrategy, build_optim_wrapper, build_wrapper),
+    ):
+        setattr(method, _MARK, replaced)
+        setattr(owner, replaced.__name__, method)
+
+
+def _prepare(runner: Any) -> None:
+    """Let the model of a runner prepare it, once."""
+    model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+    prepare = getattr(model, 'prepare_runner', None)
+    if callable(prepare) and not getattr(runner, _PREPARED, False):
+        setattr(runner, _PREPARED, True)
+        prepare(runner)
+        # Not through Module.__setattr__: a model may have its own.
+        object.__setattr__(model, _PREPARED, True)
+
+
+def _check_strategy(strategy: BaseStrategy) -> None:
+    """Refuse strategies that write checkpoints in ways of their own."""
+    if type(strategy) not in (SingleDeviceStrategy, DDPStrategy):
+        raise ConfigError(
+            f"StructuredDistiller: `strategy` must be 'SingleDeviceStrategy' or 'DDPStrategy', got "
+            f'{type(strategy).__name__!r}, which shards the model or writes checkpoints that are not the student. '
+            'Use one of these, or leave runner_type out.'
+        )
 
 
 def let_cpu_ops_take_bf16() -> None:
@@ -798,7 +846,9 @@ def prepare_cpu_distributed(cfg: Config, launcher: str) -> None:
         )
     if not is_distributed():
         torch.distributed.init_process_group('gloo')
-    wrapper = dict(cfg.get('model_wrapper_cfg') or {})
+    flexible = cfg.get('runner_type') == 'FlexibleRunner'
+    settings = cfg.get('strategy') or {}
+    wrapper = dict((settings.get('model_wrapper') if flexible else cfg.get('model_wrapper_cfg')) or {})
     if not wrapper:
         # What mmengine passes when it is given no config of the wrapper; DDP's own defaults differ.
         wrapper = {
@@ -807,4 +857,7 @@ def prepare_cpu_distributed(cfg: Config, launcher: str) -> None:
             'find_unused_parameters': cfg.get('find_unused_parameters', False),
         }
     wrapper.setdefault('device_ids', None)
-    cfg.model_wrapper_cfg = wrapper
+    if flexible:
+        cfg.strategy = {'type': 'DDPStrategy', **settings, 'model_wrapper': wrapper}
+    else:
+        cfg.model_wrapper_cfg = wrapper

@@ -31,7 +31,7 @@ __all__ = ['StructuredDistiller']
 # Strides up to 128 give maps of sizes of their own, and 3x6 at stride 32: deformable convolutions refuse 2x4.
 PROBE_SIZE = (96, 192)
 STUDENT = 'student.'
-RUNNER_HOOKS = ('TermScheduleHook', 'StudentCheckpointHook', 'FiniteLossHook')
+RUNNER_HOOKS = ('TermScheduleHook', 'StudentCheckpointHook', 'DueValidationHook', 'FiniteLossHook')
 
 
 @contextlib.contextmanager

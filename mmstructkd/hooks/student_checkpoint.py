@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from mmengine.dist import all_gather_object, get_rank, get_world_size
-from mmengine.hooks import Hook
+from mmengine.hooks import EarlyStoppingHook, Hook
 from mmengine.model import is_model_wrapper
 from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner
 from torch.utils.data import DataLoader
@@ -85,7 +85,8 @@ class StudentCheckpointHook(Hook):
       is open (one process; with several mmengine says that they are lost).
 
     Validation leaves the random streams as it found them, and what is saved
-    inside it (``save_best``) holds those from before.
+    inside it (``save_best``) holds those from before. What ``EarlyStoppingHook``
+    has counted is kept, which mmengine forgets.
 
     A run resumed with other numbers of processes, workers or images a batch
     goes on behind as many batches as before, with the random streams that its
@@ -96,7 +97,10 @@ class StudentCheckpointHook(Hook):
 
     def __init__(self) -> None:
         self._meta_config: str | None = None
+        # Inside a validation: the random streams from before it, and its scores once they are known.
         self._before_val: dict[str, Any] | None = None
+        self._scores: dict[str, Any] | None = None
+        self._validated: int | None = None
         self._gathered: list[dict[str, Any]] | None = None
         # What a resumed run still has to put in place.
         self._saved: dict[str, Any] | None = None
@@ -142,6 +146,9 @@ class StudentCheckpointHook(Hook):
         if self._meta_config is None:
             self._meta_config = student_config(runner.cfg).pretty_text
         meta = checkpoint['meta']
+        if self._before_val is not None:
+            # FlexibleRunner counts the iteration that is over once more.
+            meta.update(epoch=runner.epoch, iter=runner.iter)
         state = self._model(runner).training_state()
         processes = self._gathered or [self._streams(runner)]
         checkpoint['meta'] = plain_values({**meta, 'cfg': self._meta_config})
@@ -151,6 +158,12 @@ class StudentCheckpointHook(Hook):
             'random': processes[0]['random'],
             'processes': processes,
             'data': {**_loading(runner.train_dataloader), 'batches': self._batches(runner, meta)},
+            'validation': {
+                'done': self._scores is not None or self._validated == meta['iter'],
+                # EarlyStoppingHook runs behind CheckpointHook: what is saved in between has not been counted.
+                'uncounted': plain_values(self._scores),
+                'counts': [[hook.wait_count, plain_values(hook.best_score)] for hook in _stoppers(runner)],
+            },
         }
         if 'optimizer' in checkpoint:
             gradients = self._accumulated(runner)
@@ -220,6 +233,7 @@ class StudentCheckpointHook(Hook):
         loop, loader = runner.train_loop, runner.train_dataloader
         self._take_streams(runner, saved)
         data = saved.get('data', {})
+        self._count_scores(runner, saved.get('validation', {}))
         reseed_workers(loader, runner.seed)
         _set_seed(loader, data.get('seed'))
         by_iter = isinstance(loop, IterBasedTrainLoop)
@@ -243,6 +257,14 @@ class StudentCheckpointHook(Hook):
                     'The data of the resumed run cannot go on exactly: a step of the pipeline keeps images of before, '
                     'or the dataloader is of a kind of its own.'
                 )
+
+    @staticmethod
+    def _count_scores(runner: Runner, saved: dict[str, Any]) -> None:
+        """Let hooks that stop a training know of the scores so far; mmengine does not save them."""
+        for hook, (waited, best) in zip(_stoppers(runner), saved.get('counts', ()), strict=False):
+            hook.wait_count, hook.best_score = waited, best
+            if saved['uncounted'] is not None:
+                hook.after_val_epoch(runner, saved['uncounted'])
 
     def _take_streams(self, runner: Runner, saved: dict[str, Any]) -> None:
         """Find what this process had drawn, and say so where there is no such process."""
@@ -277,11 +299,13 @@ class StudentCheckpointHook(Hook):
             loop.run_iter = lambda idx, data_batch: run_iter(idx + batches, data_batch)
             loader.go_on_at(self._point(loader, batches, arrived=self._arrive))
             return
-        self._restore_at_epoch = True
         if getattr(loader, 'persistent_workers', False) and hasattr(loader, 'go_on_at'):
-            point = self._point(loader, 0)
-            point.turn = 0  # each epoch begins with the first worker
+            # Running workers begin an epoch without a random number, and the first of them makes its first batch.
+            point = self._point(loader, 0, arrived=self._arrive)
+            point.turn = 0
             loader.go_on_at(point)
+        else:
+            self._restore_at_epoch = True
 
     def _reload(self, runner: Runner, iterator: Any, batches: int) -> None:
         """Load everything again, for what cannot be told otherwise."""
@@ -336,6 +360,15 @@ class StudentCheckpointHook(Hook):
         """
         self._before_val = random_states()
 
+    def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
+        """Note the scores, before a checkpoint is saved for them.
+
+        Args:
+            runner: the runner.
+            metrics: the scores.
+        """
+        self._scores = dict(metrics or {})
+
     def after_val(self, runner: Runner) -> None:
         """Give them back: a run resumed from before a validation must not differ.
 
@@ -344,7 +377,12 @@ class StudentCheckpointHook(Hook):
         """
         if self._before_val is not None:
             restore_random_states(self._before_val)
-            self._before_val = None
+        self._before_val = self._scores = None
+        self._validated = runner.iter
+
+
+def _stoppers(runner: Runner) -> list[EarlyStoppingHook]:
+    return [hook for hook in runner.hooks if isinstance(hook, EarlyStoppingHook)]
 
 
 def _loading(loader: Any) -> dict[str, Any]:

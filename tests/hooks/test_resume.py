@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -11,11 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from mmengine.config import Config
-from mmengine.hooks import Hook
-from mmengine.registry import HOOKS, TRANSFORMS
-from mmengine.runner import Runner
 from mmcv.transforms import BaseTransform
+from mmengine.config import Config
+from mmengine.evaluator import BaseMetric
+from mmengine.hooks import EarlyStoppingHook, Hook
+from mmengine.registry import METRICS, TRANSFORMS
+from mmengine.runner import Runner
 
 from mmstructkd.compat import read_checkpoint
 from mmstructkd.testing import toy_config, toy_distiller, toy_segmentor, toy_terms
@@ -58,7 +60,9 @@ def noisy_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 def config(folder: Path, max_iters: int = 6, **changes: Any) -> Config:
     """A run whose data draw from every stream."""
     terms = {name: toy_terms()[name] for name in ('pixel', 'feature')}
-    model = toy_distiller(student=toy_segmentor(2), teacher=dict(config=toy_segmentor(2), allow_random=True), terms=terms)
+    model = toy_distiller(
+        student=toy_segmentor(2), teacher=dict(config=toy_segmentor(2), allow_random=True), terms=terms
+    )
     cfg = toy_config(model, folder, max_iters=max_iters)
     cfg.merge_from_dict(changes)
     object.__setattr__(cfg, '_format_python_code', False)  # most of the time of a run as small as this
@@ -85,6 +89,10 @@ def run(cfg: Config, *hooks: Hook) -> Runner:
             runner.train()
     else:
         runner.train()
+    # Workers live as long as something refers to their loader, and a runner is a cycle.
+    runner.train_dataloader._iterator = None
+    vars(runner.train_loop).pop('dataloader_iterator', None)
+    gc.collect()
     return runner
 
 
@@ -176,3 +184,80 @@ def test_epochs(tmp_path: Path, loading: dict) -> None:
         return cfg
 
     assert_exact(tmp_path, build, Interrupt(10), last='epoch_3.pth')
+
+
+def with_scores(cfg: Config) -> Config:
+    """Validate at every second iteration, by a metric whose values rise and fall."""
+    METRICS.register_module(module=Waves, name='Waves', force=True)
+    cfg.val_evaluator = dict(type='Waves')
+    cfg.train_cfg.val_interval = 2
+    return cfg
+
+
+class Waves(BaseMetric):
+    """A score that depends on the weights and draws random numbers."""
+
+    def process(self, data_batch: Any, data_samples: Any) -> None:
+        self.results.append(float(data_samples[0]['seg_logits']['data'].mean()) + torch.rand(()).item() * 0)
+
+    def compute_metrics(self, results: list) -> dict[str, float]:
+        torch.rand(3)
+        random.random()
+        np.random.rand()
+        return {'score': float(np.sin(1e4 * np.mean(results)))}
+
+
+STAGES = {
+    'before its validation': Interrupt(4, 'before_val'),
+    'after its validation': Interrupt(4, 'val'),
+    'one later': Interrupt(5),
+}
+
+
+@pytest.mark.parametrize('stop', STAGES.values(), ids=STAGES)
+@pytest.mark.parametrize('rule', ['greater', 'less'])
+def test_best_checkpoints_are_saved_in_the_middle_of_a_validation(tmp_path: Path, stop: Interrupt, rule: str) -> None:
+    """One of both rules saves the file of iteration 4 again, under the same name."""
+
+    def build(folder: Path) -> Config:
+        cfg = with_scores(config(folder))
+        cfg.default_hooks.checkpoint.update(save_best='score', rule=rule)
+        return cfg
+
+    assert_exact(tmp_path, build, stop)
+
+
+@pytest.mark.parametrize('stop', STAGES.values(), ids=STAGES)
+def test_training_that_follows_its_scores(tmp_path: Path, stop: Interrupt) -> None:
+    """mmengine forgets what EarlyStoppingHook counted, and the validation it was stopped before."""
+
+    def build(folder: Path) -> Config:
+        cfg = by_epoch(with_scores(config(folder)), epochs=4, by_epoch=True)
+        cfg.train_dataloader.dataset.num_scenes = 4
+        cfg.train_cfg.val_interval = 1
+        cfg.default_hooks.checkpoint.update(save_best='score', rule='greater')
+        cfg.custom_hooks = [dict(type='EarlyStoppingHook', monitor='score', rule='greater', patience=20)]
+        cfg.param_scheduler = [
+            dict(type='ReduceOnPlateauLR', monitor='score', rule='less', patience=1, factor=0.5),
+            dict(type='LinearLR', start_factor=0.1, begin=0, end=4, by_epoch=False),
+        ]
+        return cfg
+
+    def stopper(runner: Runner) -> tuple:
+        return next((h.wait_count, h.best_score) for h in runner.hooks if isinstance(h, EarlyStoppingHook))
+
+    straight = stopper(run(build(tmp_path / 'reference')))
+    assert stopper(assert_exact(tmp_path, build, stop, last='epoch_4.pth')) == straight
+
+
+def test_a_run_that_stopped_early_stays_stopped(tmp_path: Path) -> None:
+    def build(folder: Path) -> Config:
+        cfg = with_scores(config(folder))
+        cfg.custom_hooks = [dict(type='EarlyStoppingHook', monitor='score', rule='greater', stopping_threshold=-2)]
+        return cfg
+
+    run(build(tmp_path))
+    assert not (tmp_path / 'iter_4.pth').exists()
+    cfg = build(tmp_path)
+    cfg.resume = True
+    assert run(cfg).iter == 2
