@@ -72,6 +72,8 @@ class Point:
         workers: what each worker of the run that stopped had drawn; empty, or
             ``None`` for one: as it is seeded.
         turn: which of them makes the next batch of the pass.
+        restarted: whether persistent workers had been started anew once. A hook
+            that did it asks for it again when it is resumed.
         next_pass: called where ``batches`` goes beyond a pass; ``None``: it must not.
         arrived: called when the next batch is the right one, before it is loaded.
     """
@@ -79,8 +81,15 @@ class Point:
     batches: int
     workers: Sequence[dict[str, Any] | None] = ()
     turn: int = 0
+    restarted: bool = False
     next_pass: Callable[[], None] | None = None
     arrived: Callable[[], None] | None = None
+
+    def arrive(self) -> None:
+        """Call ``arrived``, once."""
+        arrived, self.arrived = self.arrived, None
+        if arrived is not None:
+            arrived()
 
 
 @dataclass
@@ -89,11 +98,14 @@ class Follower:
 
     Attributes:
         turn: which worker makes the next batch of this pass.
+        restarted: whether persistent workers were started anew, because their
+            pipeline was changed.
         point: where the coming pass is to begin; ``None``: at the beginning.
         deferred: begin the coming pass with its first batch, not before.
     """
 
     turn: int = 0
+    restarted: bool = False
     point: Point | None = None
     deferred: bool = False
     _streams: list[bytes | dict[str, Any] | None] = field(default_factory=list)
@@ -169,6 +181,7 @@ class _Pass:
         self._batches: Iterator[Any] | None = None
 
     def begin(self) -> None:
+        """Start loading."""
         self._batches = self._begin()
 
     def __iter__(self) -> _Pass:
@@ -221,17 +234,22 @@ class _FollowedLoader(DataLoader):
         """Start a pass."""
         follower = self.follower
         point, follower.point = follower.point, None
+        fresh = not self.persistent_workers or self._iterator is None
         if point is None:
-            if not self.persistent_workers or self._iterator is None:
+            if fresh:
+                follower.restarted = self.persistent_workers and bool(follower._streams)
                 follower._streams = [None] * self.num_workers
             follower.turn = 0
             return super().__iter__()
-        restarted = self.persistent_workers and self._iterator is None
+        restart = self.persistent_workers and fresh and not point.restarted
         self._iterator = None
         follower._indices, ended = self._leave_out(point)
         follower._streams, follower.turn = [None] * self.num_workers, 0
+        follower.restarted = restart or point.restarted
         seeding = self.worker_init_fn
-        if point.workers and not restarted:
+        if restart:
+            point.arrive()  # workers are started with the next number of the process's own stream
+        elif point.workers:
             follower._streams = list(point.workers)
             self.worker_init_fn = _Restoring(seeding, point.workers)
             if self.batch_sampler is not None and not ended:
@@ -242,8 +260,7 @@ class _FollowedLoader(DataLoader):
             batches = super().__iter__()
         finally:
             self.worker_init_fn = seeding
-        if point.arrived is not None:
-            point.arrived()
+        point.arrive()
         return batches
 
     def _leave_out(self, point: Point) -> tuple[Iterator[Any], bool]:

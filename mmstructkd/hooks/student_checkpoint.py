@@ -134,6 +134,7 @@ class StudentCheckpointHook(Hook):
             'random': random_states() if self._before_val is None else self._before_val,
             'workers': [] if follower is None else follower.workers,
             'turn': 0 if follower is None else follower.turn,
+            'restarted': False if follower is None else follower.restarted,
         }
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
@@ -268,7 +269,7 @@ class StudentCheckpointHook(Hook):
 
     def _take_streams(self, runner: Runner, saved: dict[str, Any]) -> None:
         """Find what this process had drawn, and say so where there is no such process."""
-        processes = saved.get('processes') or [{'random': saved['random'], 'workers': [], 'turn': 0}]
+        processes = saved.get('processes') or [{'random': saved['random'], 'workers': []}]
         before, now = saved.get('data', {}), _loading(runner.train_dataloader)
         changed = [
             f'{name} {before[name]} -> {now[name]}' for name in SETTINGS if before.get(name, now[name]) != now[name]
@@ -288,7 +289,7 @@ class StudentCheckpointHook(Hook):
         workers = (self._own or {}).get('workers', ())
         if not self._own or len(workers) != loader.num_workers:
             return Point(batches, **calls)
-        return Point(batches, workers, self._own['turn'], **calls)
+        return Point(batches, workers, self._own['turn'], self._own['restarted'], **calls)
 
     def _enter_epoch(self, runner: Runner, batches: int) -> None:
         """Begin an epoch where it was left, which may be at its beginning."""

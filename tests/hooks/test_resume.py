@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import logging
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ from mmengine.registry import METRICS, TRANSFORMS
 from mmengine.runner import Runner
 
 from mmstructkd.compat import read_checkpoint
+from mmstructkd.registry import MODELS
 from mmstructkd.testing import toy_config, toy_distiller, toy_segmentor, toy_terms
 
 
@@ -261,3 +263,198 @@ def test_a_run_that_stopped_early_stays_stopped(tmp_path: Path) -> None:
     cfg = build(tmp_path)
     cfg.resume = True
     assert run(cfg).iter == 2
+
+
+def ema(cfg: Config) -> None:
+    cfg.custom_hooks = [dict(type='EMAHook', momentum=0.3, begin_iter=2)]
+
+
+def open_window(cfg: Config) -> None:
+    cfg.optim_wrapper.accumulative_counts = 4
+    cfg.optim_wrapper.clip_grad = dict(max_norm=1.0)
+
+
+def every_other_step(cfg: Config) -> None:
+    cfg.model.teacher.every = 3
+    cfg.model.terms.pixel.schedule = dict(type='linear', begin=0, end=6)
+
+
+def kept_outputs(cfg: Config) -> None:
+    torch.save(MODELS.build(cfg.model.teacher.config).state_dict(), Path(cfg.work_dir).parent / 'teacher.pth')
+    cfg.model.teacher.update(
+        allow_random=False,
+        checkpoint=str(Path(cfg.work_dir).parent / 'teacher.pth'),
+        cache=dict(folder=f'{cfg.work_dir}_cache'),
+    )
+    steps = cfg.train_dataloader.dataset.pipeline
+    cfg.train_dataloader.dataset.pipeline = [
+        *steps[:2],
+        dict(type='mmstructkd.FiniteAugmentation', views=2, transforms=steps[2:]),
+    ]
+
+
+def learnt_temperature(cfg: Config) -> None:
+    cfg.model.terms.pixel.loss.temperature = dict(type='mmstructkd.LearnableTemperature', low=1.0, span=20.0)
+
+
+def memory(cfg: Config) -> None:
+    loss = dict(
+        type='mmstructkd.MemoryContrastLoss', num_classes=10, pixel_capacity=40, region_capacity=8, pixels_per_image=4
+    )
+    cfg.model.terms.memory = dict(tap='backbone[3]', loss=loss)
+
+
+def critic(cfg: Config) -> None:
+    cfg.model.terms.holistic = toy_terms()['holistic']
+
+
+def schedules(cfg: Config) -> None:
+    cfg.param_scheduler = [
+        dict(type='LinearLR', start_factor=0.1, by_epoch=False, begin=0, end=3),
+        dict(type='CosineAnnealingLR', T_max=3, by_epoch=False, begin=3, end=6),
+        dict(type='LinearMomentum', start_factor=0.5, by_epoch=False, begin=0, end=5),
+    ]
+
+
+def lower_precision(cfg: Config) -> None:
+    cfg.optim_wrapper.update(type='mmstructkd.AutocastOptimWrapper', accumulative_counts=3)
+    cfg.optim_wrapper.optimizer = dict(type='AdamW', lr=1e-3)
+
+
+KINDS = {
+    function.__name__: function
+    for function in (
+        critic,
+        ema,
+        every_other_step,
+        kept_outputs,
+        learnt_temperature,
+        lower_precision,
+        memory,
+        open_window,
+        schedules,
+    )
+}
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_what_training_keeps(tmp_path: Path, kind: str) -> None:
+    def build(folder: Path) -> Config:
+        folder.parent.mkdir(exist_ok=True)
+        torch.manual_seed(1)  # of the teacher, where it is saved
+        cfg = config(folder)
+        KINDS[kind](cfg)
+        return cfg
+
+    assert_exact(tmp_path, build, Interrupt(2), also=('ema_state_dict',) if kind == 'ema' else ())
+
+
+def test_a_run_without_a_seed(tmp_path: Path) -> None:
+    """mmengine draws a seed for each process, and builds the data before it has read the checkpoint's."""
+    cfg = config(tmp_path)
+    cfg.pop('randomness')
+    cfg.train_dataloader.num_workers = 2
+    torch.save(MODELS.build(cfg.model.teacher.config).state_dict(), tmp_path / 'teacher.pth')
+    cfg.model.teacher.update(allow_random=False, checkpoint=str(tmp_path / 'teacher.pth'))
+    np.random.seed(1)
+    run(cfg)
+    (tmp_path / 'iter_6.pth').rename(tmp_path / 'straight.pth')
+    (tmp_path / 'last_checkpoint').write_text(str(tmp_path / 'iter_2.pth'))
+    np.random.seed(2)
+    cfg.resume = True
+    run(cfg)
+    assert_same_end(tmp_path / 'straight.pth', tmp_path / 'iter_6.pth')
+
+
+def test_the_log_says_what_happens(tmp_path: Path, logged: list[str]) -> None:
+    """Nothing of batches that were not advanced, of gradients that are lost, or of a checkpoint that is not there."""
+    cfg = config(tmp_path)
+    cfg.log_level = 'INFO'
+    cfg.resume = True  # of a folder that is empty
+    open_window(cfg)
+    run(cfg, Interrupt(2))
+    text = '\n'.join(logged)
+    assert f'There is no checkpoint in {str(tmp_path)!r} to resume from: the training begins.' in text
+    assert 'Auto resumed' not in text
+    logged.clear()
+    run(cfg)
+    text = '\n'.join(logged)
+    assert f'Auto resumed from the latest checkpoint {tmp_path / "iter_2.pth"}' in text
+    assert 'Advance dataloader 2 steps to skip data that has already been trained' in text
+    for false in ('Skip advancing', 'not be advanced', 'is lost', 'unavailable', 'again:', 'metainfo'):
+        assert false not in text, false
+
+
+@pytest.fixture
+def logged(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What the run's logger prints."""
+    lines: list[str] = []
+
+    class Keep(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(record.getMessage())
+
+    original = Runner.build_logger
+
+    def build_logger(self: Runner, *args: Any, **kwargs: Any) -> logging.Logger:
+        logger = original(self, *args, **kwargs)
+        logger.addHandler(Keep())
+        return logger
+
+    monkeypatch.setattr(Runner, 'build_logger', build_logger)
+    return lines
+
+
+def test_other_settings_are_said(tmp_path: Path, logged: list[str]) -> None:
+    cfg = config(tmp_path)
+    run(cfg, Interrupt(2))
+    cfg.resume = True
+    cfg.train_dataloader.update(num_workers=1, batch_size=4)
+    assert run(cfg).iter == 6
+    assert 'with other settings (num_workers 0 -> 1, batch_size 2 -> 4)' in '\n'.join(logged)
+
+
+def test_the_best_checkpoint_has_no_optimizer(tmp_path: Path, logged: list[str]) -> None:
+    cfg = with_scores(config(tmp_path))
+    cfg.default_hooks.checkpoint.update(save_best='score', rule='greater')
+    run(cfg, Interrupt(3))
+    cfg.resume, cfg.load_from = True, str(tmp_path / 'best_score_iter_2.pth')
+    assert run(cfg).iter == 6
+    assert 'momentum and schedules start anew' in '\n'.join(logged)
+
+
+def test_a_pipeline_that_remembers_is_run_again(tmp_path: Path) -> None:
+    class Blend(BaseTransform):
+        """Adds an image of before, as mmdet's CachedMosaic does."""
+
+        def __init__(self) -> None:
+            self.results_cache: list[np.ndarray] = []
+
+        def transform(self, results: dict) -> dict:
+            self.results_cache.append(results['img'])
+            results['img'] = (results['img'] // 2 + random.choice(self.results_cache) // 2).astype(np.uint8)
+            return results
+
+    TRANSFORMS.register_module(module=Blend, name='Blend', force=True)
+
+    def build(folder: Path) -> Config:
+        cfg = config(folder)
+        steps = cfg.train_dataloader.dataset.pipeline
+        cfg.train_dataloader.dataset.pipeline = [steps[0], dict(type='Blend'), *steps[1:]]
+        cfg.train_dataloader.update(num_workers=2)
+        return cfg
+
+    assert_exact(tmp_path, build, Interrupt(2))
+
+
+def test_a_pipeline_that_is_switched(tmp_path: Path) -> None:
+    """mmdet's PipelineSwitchHook starts the workers anew."""
+
+    def build(folder: Path) -> Config:
+        cfg = by_epoch(config(folder), epochs=3)
+        cfg.train_dataloader.update(num_workers=2, persistent_workers=True)
+        steps = [step for step in cfg.train_dataloader.dataset.pipeline if step.type != 'RandomFlip']
+        cfg.custom_hooks = [dict(type='mmdet.PipelineSwitchHook', switch_epoch=1, switch_pipeline=steps)]
+        return cfg
+
+    assert_exact(tmp_path, build, Interrupt(5), Interrupt(9), last='epoch_3.pth')
