@@ -539,9 +539,10 @@ def checkpoint_to_resume(work_dir: str | os.PathLike, load_from: str | os.PathLi
         name, problem = '', f'one that cannot be read ({type(err).__name__})'
     else:
         problem = f'{name[:200]!r}, which is not there' if name else 'an empty one'
-        if name and '\0' not in name and Path(name).is_dir():
-            problem = f'the folder {name!r}'
-    if name and ('://' in name or ('\0' not in name and len(name) < 4096 and Path(name).is_file())):
+    # os.path, unlike pathlib, takes any text for a name.
+    if os.path.isdir(name):  # noqa: PTH112
+        problem = f'the folder {name!r}'
+    elif name and ('://' in name or os.path.isfile(name)):  # noqa: PTH113
         return name
     raise CheckpointError(f'checkpoint_to_resume: {str(record)!r} must name a checkpoint, got {problem}. {way_out}')
 

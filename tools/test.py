@@ -151,15 +151,18 @@ def augment(cfg: Config) -> None:
     if 'tta_model' in absent:
         cfg.tta_model = dict(type='DetTTAModel', tta_cfg=dict(nms=dict(type='nms', iou_threshold=0.5), max_per_img=100))
     if 'tta_pipeline' in absent:
-        keys = ('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor', 'flip', 'flip_direction')
+        *steps, pack = copy.deepcopy(datasets[0].pipeline)
+        # What the metric reads of an image must come with it, and how it was mirrored.
+        keys = pack.get('meta_keys', ('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor'))
+        pack.meta_keys = tuple(dict.fromkeys((*keys, 'flip', 'flip_direction')))
         mirrored = dict(
             type='TestTimeAug',
             transforms=[
                 [dict(type='RandomFlip', prob=1.0), dict(type='RandomFlip', prob=0.0)],
-                [dict(type='PackDetInputs', meta_keys=keys)],
+                [pack],
             ],
         )
-        cfg.tta_pipeline = [*copy.deepcopy(datasets[0].pipeline[:-1]), mirrored]
+        cfg.tta_pipeline = [*steps, mirrored]
     for dataset in datasets:
         dataset.pipeline = cfg.tta_pipeline
     cfg.model = ConfigDict(**{**cfg.tta_model, 'module': cfg.model})
@@ -218,12 +221,12 @@ def main() -> None:
         write_folder(cfg, args.out)
     if args.show or args.show_dir:
         draw(cfg, args)
-    detection = cfg.copy()
+    plain = cfg.copy()
     if args.tta:
         augment(cfg)
     runner = build_runner(cfg, args.launcher)
     if pickled:
-        dump(runner, detection, args.out)
+        dump(runner, plain, args.out)
     runner.test()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import logging
 import random
@@ -321,6 +322,16 @@ def lower_precision(cfg: Config) -> None:
     cfg.optim_wrapper.optimizer = dict(type='AdamW', lr=1e-3)
 
 
+def scaler(cfg: Config) -> None:
+    cfg.optim_wrapper.update(
+        type='AmpOptimWrapper',
+        dtype='bfloat16',
+        loss_scale=dict(init_scale=8.0, growth_interval=1),
+        accumulative_counts=3,
+        clip_grad=dict(max_norm=1.0),
+    )
+
+
 KINDS = {
     function.__name__: function
     for function in (
@@ -332,11 +343,21 @@ KINDS = {
         lower_precision,
         memory,
         open_window,
+        scaler,
         schedules,
     )
 }
 
 
+@pytest.fixture
+def amp_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """mmengine's AmpOptimWrapper with torch's scaler for CPUs."""
+    module = 'mmengine.optim.optimizer.amp_optimizer_wrapper'
+    monkeypatch.setattr(f'{module}.is_cuda_available', lambda: True)
+    monkeypatch.setattr(f'{module}.GradScaler', functools.partial(torch.amp.GradScaler, 'cpu'))
+
+
+@pytest.mark.usefixtures('amp_on_a_cpu')
 @pytest.mark.parametrize('kind', KINDS)
 def test_what_training_keeps(tmp_path: Path, kind: str) -> None:
     def build(folder: Path) -> Config:
