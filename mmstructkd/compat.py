@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import copy
 import functools
 import os
+import re
 import sys
 import tempfile
 import types
@@ -27,6 +29,7 @@ import mmengine.runner
 import mmengine.runner.checkpoint
 import mmengine.runner.runner
 import torch
+from mmengine._strategy import BaseStrategy, DDPStrategy, SingleDeviceStrategy
 from mmengine.config import Config
 from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.device import get_device
@@ -36,21 +39,37 @@ from mmengine.fileio.backends import BaseStorageBackend
 from mmengine.fileio.file_client import HardDiskBackend
 from mmengine.hooks import CheckpointHook
 from mmengine.model import is_model_wrapper
-from mmengine.registry import WEIGHT_INITIALIZERS
+from mmengine.optim import OptimWrapper
+from mmengine.registry import MODELS, WEIGHT_INITIALIZERS
 from mmengine.runner import FlexibleRunner, Runner
 from torch import nn
 
-from mmstructkd.checkpoints import IN_CONFIG, allow_plain_types, consented, load_url, plain_types, read_file, trusts
-from mmstructkd.errors import ConfigError
+from mmstructkd.checkpoints import (
+    IN_CONFIG,
+    allow_plain_types,
+    consented,
+    load_url,
+    local_checkpoint,
+    plain_types,
+    read_file,
+    trusts,
+)
+from mmstructkd.errors import CheckpointError, ConfigError
+from mmstructkd.stream_states import follow
 
 __all__ = [
+    'advance_training_data',
     'alone',
+    'checkpoint_to_resume',
     'config_at_hand',
     'current_config',
     'install',
     'pad_value',
     'patch_mmengine',
+    'paths_as_text',
     'prepare_cpu_distributed',
+    'prepare_to_resume',
+    'reseed_workers',
     'swaps_channels',
     'without_pretrained',
 ]
@@ -58,6 +77,8 @@ __all__ = [
 # Marks a function that stands in front of one of mmengine's, so that no second one is put before it.
 _MARK = '_mmstructkd_wraps'
 _ASKS = '_mmstructkd_asks'
+# Set on a runner and on a model that have met.
+_PREPARED = '_mmstructkd_prepared'
 
 
 def install() -> None:
@@ -73,8 +94,10 @@ def patch_mmengine() -> None:
     ask_config_for_consent()
     save_atomically()
     remove_after_saving()
+    keep_accumulated_gradients()
     let_models_prepare_runner()
     let_models_see_config()
+    let_configs_hold_paths()
 
 
 # --- configs -------------------------------------------------------------------------------------------------
@@ -303,10 +326,15 @@ class _RemoveLater:
 
 
 def remove_after_saving() -> None:
-    """Let ``CheckpointHook`` drop old checkpoints after the new one is written.
+    """Let ``CheckpointHook`` drop old checkpoints after the new one is written, and ask all processes beforehand.
 
     With ``max_keep_ckpts=1``, and for each new best checkpoint, it removes the
     old file first: a crash while the new one is written would leave none.
+
+    ``Runner.save_checkpoint`` runs in the first process alone, and so does
+    ``before_save_checkpoint``: no hook can collect what the others hold. These
+    methods run in all of them, and call ``before_checkpoint`` of the hooks that
+    have it.
     """
     for name in ('_save_checkpoint_with_step', '_save_best_checkpoint'):
         original = getattr(CheckpointHook, name, None)
@@ -316,14 +344,16 @@ def remove_after_saving() -> None:
 
 def _removing_later(original: Callable) -> Callable:
     @functools.wraps(original)
-    def method(self: CheckpointHook, *args: Any, **kwargs: Any) -> None:
+    def method(self: CheckpointHook, runner: Any, *args: Any, **kwargs: Any) -> None:
+        if self.save_best or original.__name__ != '_save_best_checkpoint':
+            runner.call_hook('before_checkpoint')
         backend = getattr(self, 'file_backend', None)
         if backend is None:  # of a validation alone, which saves nothing: the hook gets it when a training begins
-            original(self, *args, **kwargs)
+            original(self, runner, *args, **kwargs)
             return
         later = self.file_backend = _RemoveLater(backend)
         try:
-            original(self, *args, **kwargs)
+            original(self, runner, *args, **kwargs)
         finally:
             self.file_backend = backend
         # One step may be saved twice under one name; what stands there now is new.
@@ -335,7 +365,224 @@ def _removing_later(original: Callable) -> Callable:
     return method
 
 
+# --- resuming ------------------------------------------------------------------------------------------------
+
+
+def checkpoint_to_resume(work_dir: str | os.PathLike, load_from: str | os.PathLike | None = None) -> str | None:
+    """Return the checkpoint from which a run is resumed.
+
+    mmengine opens whatever ``last_checkpoint`` says, an empty name included,
+    and begins anew where that file is absent, over the checkpoints of before.
+
+    Args:
+        work_dir: folder of the run.
+        load_from: the checkpoint that was asked for; ``None``: the latest of
+            the folder.
+
+    Returns:
+        Its path or address; ``None`` where the folder has no checkpoint yet.
+
+    Raises:
+        CheckpointError: the file is not there; ``last_checkpoint`` is empty or
+            names something else than a file; or it is absent beside checkpoints.
+    """
+    if load_from is not None:
+        name = os.fspath(load_from)
+        return name if '://' in name else local_checkpoint(name)
+    folder = Path(work_dir)
+    record = folder / 'last_checkpoint'
+    there = sorted(
+        (path for path in folder.glob('*.pth') if re.fullmatch(r'(iter|epoch)_\d+', path.stem)),
+        key=lambda path: path.stat().st_mtime,
+    )
+    way_out = (
+        f'The newest one there is {there[-1].name}: resume with --resume {there[-1]} (resume=True, load_from=...).'
+        if there
+        else 'There is none to resume from; without --resume the training begins anew.'
+    )
+    if not record.exists():
+        if there:
+            raise CheckpointError(
+                f'checkpoint_to_resume: {str(folder)!r} must have a file `last_checkpoint`, '
+                f'got checkpoints without it. {way_out} Another work-dir begins anew.'
+            )
+        return None
+    try:
+        name = record.read_text(encoding='utf-8').strip()
+    except (OSError, UnicodeDecodeError) as err:
+        name, problem = '', f'one that cannot be read ({type(err).__name__})'
+    else:
+        problem = f'{name[:200]!r}, which is not there' if name else 'an empty one'
+    # os.path, unlike pathlib, takes any text for a name.
+    if os.path.isdir(name):  # noqa: PTH112
+        problem = f'the folder {name!r}'
+    elif name and ('://' in name or os.path.isfile(name)):  # noqa: PTH113
+        return name
+    raise CheckpointError(f'checkpoint_to_resume: {str(record)!r} must name a checkpoint, got {problem}. {way_out}')
+
+
+def prepare_to_resume(runner: Any) -> None:
+    """Let a run be resumed exactly: look for its checkpoint, and let the training data know where they stand.
+
+    Args:
+        runner: a runner that has built no loop yet. Where it is to resume the
+            latest checkpoint and there is none yet, it begins anew and says so;
+            mmengine says then that it resumed.
+
+    Raises:
+        CheckpointError: see :func:`checkpoint_to_resume`.
+    """
+    if runner._resume:
+        asked = runner._resume if isinstance(runner._resume, str) else runner._load_from
+        if checkpoint_to_resume(runner.work_dir, asked) is None:
+            runner.logger.warning(f'There is no checkpoint in {runner.work_dir!r} to resume from: the training begins.')
+            runner._resume = False
+    build, deferred = runner.build_dataloader, bool(runner._resume)
+
+    def build_dataloader(dataloader: Any, *args: Any, **kwargs: Any) -> Any:
+        loader = build(dataloader, *args, **kwargs)
+        return follow(loader, deferred=deferred) if dataloader is runner._train_dataloader else loader
+
+    runner.build_dataloader = build_dataloader
+
+
+class _Advanced:
+    """The iterator of an ``IterBasedTrainLoop`` that is brought to its place in another way than mmengine's.
+
+    Args:
+        batches: mmengine's own iterator.
+        steps: how many batches the loop leaves out.
+        advance: gets ``batches`` and brings it there.
+    """
+
+    def __init__(self, batches: Any, steps: int, advance: Callable[[Any], None]) -> None:
+        self._batches, self._advance = batches, advance
+        # The onedl line calls `skip_iter`; the openmmlab line takes that many batches and drops them.
+        self._left = 0 if hasattr(batches, 'skip_iter') else steps
+        self._steps = self._left
+
+    def __iter__(self) -> _Advanced:
+        return self
+
+    def __next__(self) -> Any:
+        if not self._left:
+            return next(self._batches)
+        if self._left == self._steps:
+            self._advance(self._batches)
+        self._left -= 1
+        return None
+
+    def skip_iter(self, num_iters: int) -> None:
+        """Bring it there, on the onedl line."""
+        self._advance(self._batches)
+
+
+def advance_training_data(loop: Any, advance: Callable[[Any], None]) -> None:
+    """Go on with the data of a resumed iteration-based loop in another way than mmengine's.
+
+    mmengine takes and drops all batches of before (openmmlab line), or leaves
+    out their indices, so that workers draw other random numbers (onedl line).
+
+    Args:
+        loop: an ``IterBasedTrainLoop`` that was resumed and not run yet.
+        advance: gets the iterator and brings it to where the run goes on.
+    """
+    loop.dataloader_iterator = _Advanced(loop.dataloader_iterator, loop.iter, advance)
+
+
+def reseed_workers(loader: Any, seed: int | None) -> None:
+    """Let the workers of a loader be seeded from another seed.
+
+    mmengine builds the dataloader before it reads the checkpoint's seed.
+
+    Args:
+        loader: a ``DataLoader`` that mmengine built.
+        seed: the runner's seed.
+    """
+    seeding = getattr(loader, 'worker_init_fn', None)
+    if isinstance(seeding, functools.partial) and 'seed' in seeding.keywords and seed is not None:
+        loader.worker_init_fn = functools.partial(seeding.func, *seeding.args, **{**seeding.keywords, 'seed': seed})
+
+
+def keep_accumulated_gradients() -> None:
+    """Let an optim wrapper go on within a window of accumulation where the gradients so far were restored.
+
+    mmengine says that they are lost, whatever is in ``.grad``. Who restores
+    them sets ``gradients_kept`` on the wrapper.
+    """
+    original = OptimWrapper.initialize_count_status
+    if hasattr(original, _MARK):
+        return
+
+    @functools.wraps(original)
+    def initialize_count_status(self: OptimWrapper, model: nn.Module, init_counts: int, max_counts: int) -> None:
+        if not getattr(self, 'gradients_kept', False):
+            original(self, model, init_counts, max_counts)
+            return
+        original(self, model, init_counts - init_counts % self._accumulative_counts, max_counts)
+        self._inner_count = init_counts
+
+    setattr(initialize_count_status, _MARK, original)
+    OptimWrapper.initialize_count_status = initialize_count_status
+
+
 # --- running -------------------------------------------------------------------------------------------------
+
+
+def let_configs_hold_paths() -> None:
+    """Let a config of a run hold ``pathlib.Path``.
+
+    mmengine writes it as ``/a/b`` without quotes and then cannot read what it wrote.
+    """
+    for runner in (Runner, FlexibleRunner):
+        original = runner.from_cfg.__func__
+        if not hasattr(original, _MARK):
+            runner.from_cfg = classmethod(_with_paths_as_text(original))
+
+
+def _with_paths_as_text(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def from_cfg(cls: type, cfg: Any) -> Any:
+        return original(cls, paths_as_text(cfg))
+
+    setattr(from_cfg, _MARK, original)
+    return from_cfg
+
+
+def paths_as_text(config: Any) -> Any:
+    """Return a config in which every ``pathlib.Path`` is its text.
+
+    Args:
+        config: a config, or a part of one.
+
+    Returns:
+        The same object where there is none in it, else a copy.
+    """
+    holder = config._cfg_dict if isinstance(config, Config) else config
+    if not _holds_path(holder):
+        return config
+    twin = copy.deepcopy(config)
+    _replace_paths(twin._cfg_dict if isinstance(twin, Config) else twin)
+    return twin
+
+
+def _holds_path(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(map(_holds_path, value.values()))
+    if isinstance(value, (list, tuple)):
+        return any(map(_holds_path, value))
+    return isinstance(value, os.PathLike)
+
+
+def _replace_paths(value: Any) -> Any:
+    if isinstance(value, dict):
+        for key in value:
+            value[key] = _replace_paths(value[key])
+    elif isinstance(value, list):
+        value[:] = map(_replace_paths, value)
+    elif type(value) is tuple:
+        value = tuple(map(_replace_paths, value))
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def let_models_prepare_runner() -> None:
@@ -343,7 +590,8 @@ def let_models_prepare_runner() -> None:
 
     mmengine gives a model no way to ask for hooks. A distiller needs them to
     keep what it promises, also where a config of the user's names nothing but
-    ``custom_imports``.
+    ``custom_imports``. ``FlexibleRunner`` builds its model within ``train``, so
+    that a model with this method is built just before.
     """
     original = Runner.register_hooks
     if hasattr(original, _MARK):
@@ -352,14 +600,58 @@ def let_models_prepare_runner() -> None:
     @functools.wraps(original)
     def register_hooks(self: Runner, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
-        model = self.model.module if is_model_wrapper(self.model) else self.model
-        prepare = getattr(model, 'prepare_runner', None)
-        if callable(prepare) and not getattr(self, '_mmstructkd_prepared', False):
-            self._mmstructkd_prepared = True
-            prepare(self)
+        _prepare(self)
 
-    setattr(register_hooks, _MARK, original)
-    Runner.register_hooks = register_hooks
+    plain_train, build_wrapper = FlexibleRunner.train, BaseStrategy.build_optim_wrapper
+
+    @functools.wraps(plain_train)
+    def train(self: FlexibleRunner) -> nn.Module:
+        kind = self.model.get('type') if isinstance(self.model, dict) else type(self.model)
+        if hasattr(MODELS.get(kind) if isinstance(kind, str) else kind, 'prepare_runner'):
+            _check_strategy(self.strategy)
+            with config_at_hand(self.cfg):
+                self.model = self.strategy.build_model(self.model)
+            _prepare(self)
+        return plain_train(self)
+
+    @functools.wraps(build_wrapper)
+    def build_optim_wrapper(self: BaseStrategy, optim_wrapper: Any, model: nn.Module | None = None) -> Any:
+        inner = model.module if model is not None and is_model_wrapper(model) else model
+        if hasattr(inner, 'prepare_runner') and not getattr(inner, _PREPARED, False):
+            raise ConfigError(
+                f'{type(inner).__name__}: `runner_type` must be prepared for it, got a FlexibleRunner that was started '
+                'before mmstructkd was imported. Start it with tools/train.py, or leave runner_type out.'
+            )
+        return build_wrapper(self, optim_wrapper, model)
+
+    for owner, method, replaced in (
+        (Runner, register_hooks, original),
+        (FlexibleRunner, train, plain_train),
+        (BaseStrategy, build_optim_wrapper, build_wrapper),
+    ):
+        setattr(method, _MARK, replaced)
+        setattr(owner, replaced.__name__, method)
+
+
+def _prepare(runner: Any) -> None:
+    """Let the model of a runner prepare it, once."""
+    model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+    prepare = getattr(model, 'prepare_runner', None)
+    if callable(prepare) and not getattr(runner, _PREPARED, False):
+        setattr(runner, _PREPARED, True)
+        prepare(runner)
+        # Not through Module.__setattr__: a model may have its own.
+        object.__setattr__(model, _PREPARED, True)
+
+
+def _check_strategy(strategy: BaseStrategy) -> None:
+    """Refuse strategies that write checkpoints in ways of their own."""
+    if type(strategy) not in (SingleDeviceStrategy, DDPStrategy):
+        raise ConfigError(
+            f"StructuredDistiller: `strategy` must be 'SingleDeviceStrategy' or 'DDPStrategy', got "
+            f'{type(strategy).__name__!r}, which shards the model or writes checkpoints that are not the student. '
+            'Use one of these, or leave runner_type out.'
+        )
 
 
 _CONFIG: contextvars.ContextVar[Any] = contextvars.ContextVar('config', default=None)
@@ -477,7 +769,9 @@ def prepare_cpu_distributed(cfg: Config, launcher: str) -> None:
         )
     if not is_distributed():
         torch.distributed.init_process_group('gloo')
-    wrapper = dict(cfg.get('model_wrapper_cfg') or {})
+    flexible = cfg.get('runner_type') == 'FlexibleRunner'
+    settings = cfg.get('strategy') or {}
+    wrapper = dict((settings.get('model_wrapper') if flexible else cfg.get('model_wrapper_cfg')) or {})
     if not wrapper:
         # What mmengine passes when it is given no config of the wrapper; DDP's own defaults differ.
         wrapper = {
@@ -486,7 +780,10 @@ def prepare_cpu_distributed(cfg: Config, launcher: str) -> None:
             'find_unused_parameters': cfg.get('find_unused_parameters', False),
         }
     wrapper.setdefault('device_ids', None)
-    cfg.model_wrapper_cfg = wrapper
+    if flexible:
+        cfg.strategy = {'type': 'DDPStrategy', **settings, 'model_wrapper': wrapper}
+    else:
+        cfg.model_wrapper_cfg = wrapper
 
 
 @contextlib.contextmanager

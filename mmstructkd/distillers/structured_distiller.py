@@ -17,7 +17,7 @@ from mmengine.model import BaseDataPreprocessor, BaseModel
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
-from mmstructkd.compat import alone
+from mmstructkd.compat import alone, prepare_to_resume
 from mmstructkd.distillers.batches import training_info
 from mmstructkd.distillers.probing import (
     Probe,
@@ -66,7 +66,13 @@ STUDENT_KEYS = (
     *('train_cfg', 'test_cfg', 'pretrained', 'init_cfg'),
 )
 TEACHER_KEYS = ('config', 'checkpoint', 'allow_random', 'trust_checkpoint', 'cache', 'prefix')
-RUNNER_HOOKS = ('TermScheduleHook', 'StudentCheckpointHook', 'FiniteLossHook', 'FiniteCheckpointHook')
+RUNNER_HOOKS = (
+    'TermScheduleHook',
+    'StudentCheckpointHook',
+    'DueValidationHook',
+    'FiniteLossHook',
+    'FiniteCheckpointHook',
+)
 
 
 @contextlib.contextmanager
@@ -512,6 +518,7 @@ class StructuredDistiller(BaseModel):
         for name in (*RUNNER_HOOKS, *self._teacher.hooks):
             if name not in present:
                 runner.register_hook(HOOKS.build({'type': f'mmstructkd.{name}'}))
+        prepare_to_resume(runner)
         if runner._train_loop is not None:
             runner.optim_wrapper = for_distiller(runner.optim_wrapper, self)
 

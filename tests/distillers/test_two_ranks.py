@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from mmstructkd.compat import read_checkpoint
+from mmstructkd.checkpoints import read_checkpoint
 from mmstructkd.distillers.step_record import not_finite
 from tests.distillers import two_ranks as ranks
 
