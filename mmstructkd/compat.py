@@ -56,6 +56,7 @@ from mmstructkd.checkpoints import (
 )
 from mmstructkd.errors import CheckpointError, ConfigError
 from mmstructkd.stream_states import follow
+from mmstructkd.weights import check_place
 
 __all__ = [
     'advance_training_data',
@@ -92,6 +93,7 @@ def patch_mmengine() -> None:
     """Put those in place that change mmengine alone, for a process that need not have mmcv."""
     read_safely()
     ask_config_for_consent()
+    look_before_loading()
     save_atomically()
     remove_after_saving()
     keep_accumulated_gradients()
@@ -178,6 +180,8 @@ class _Torch(types.ModuleType):
 
 # Whether a runner is about to resume, and so to use more of the file than its weights.
 _resuming: ContextVar[bool] = ContextVar('resuming', default=False)
+# The file that a runner loads, for messages.
+_loading: ContextVar[str] = ContextVar('loading', default='')
 
 
 def read_safely() -> None:
@@ -216,19 +220,43 @@ def ask_config_for_consent() -> None:
 
 def _with_consent(original: Callable) -> Callable:
     building, resumes = original.__name__ == '__init__', original.__name__ == 'resume'
+    loads = original.__name__ == 'load_checkpoint'
 
     @functools.wraps(original)
     def method(self: Runner, *args: Any, **kwargs: Any) -> Any:
         cfg = kwargs.get('cfg') if building else self.cfg
-        token = _resuming.set(resumes or _resuming.get())
+        file = str(args[0] if args else kwargs.get('filename')) if loads else _loading.get()
+        tokens = _resuming.set(resumes or _resuming.get()), _loading.set(file)
         try:
             with consented(trusts(cfg or {}), IN_CONFIG):
                 return original(self, *args, **kwargs)
         finally:
-            _resuming.reset(token)
+            _resuming.reset(tokens[0])
+            _loading.reset(tokens[1])
 
     setattr(method, _ASKS, original)
     return method
+
+
+def look_before_loading() -> None:
+    """Stop a runner whose checkpoint has all of the model's weights in another place.
+
+    A runner loads leniently: of a checkpoint of SoftTeacher, mmrazor or
+    Lightning, whose keys have a prefix, it loads nothing, warns with all keys, and
+    trains or tests a model of random weights.
+    """
+    module = mmengine.runner.runner
+    original = module._load_checkpoint_to_model
+    if hasattr(original, _MARK):
+        return
+
+    @functools.wraps(original)
+    def load(model: nn.Module, checkpoint: Any, *args: Any, **kwargs: Any) -> Any:
+        check_place(checkpoint, model.state_dict(), 'load_checkpoint', _loading.get())
+        return original(model, checkpoint, *args, **kwargs)
+
+    setattr(load, _MARK, original)
+    module._load_checkpoint_to_model = load
 
 
 # --- writing checkpoints -------------------------------------------------------------------------------------

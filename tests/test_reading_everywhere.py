@@ -226,7 +226,7 @@ def test_consent_is_of_one_runner(more: Path, tmp_path: Path) -> None:
 def test_resuming_runs_no_config_text(runner: str, good: dict, tmp_path: Path) -> None:
     """mmengine evaluates ``meta['config']``, which mmcv 1.x wrote, as a Python file."""
     canary = tmp_path / 'canary'
-    text = f'import pathlib\npathlib.Path({str(canary)!r}).touch()\nmodel = dict()\n'
+    text = f'model = dict(a=__import__("pathlib").Path({str(canary)!r}).touch())\n'
     Config.fromstring(text, '.py')
     assert canary.exists(), 'the attack must be one'
     canary.unlink()

@@ -14,7 +14,8 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
 from mmstructkd import compat
-from mmstructkd.compat import checkpoint_to_resume, read_checkpoint
+from mmstructkd.checkpoints import read_checkpoint
+from mmstructkd.compat import checkpoint_to_resume
 from mmstructkd.errors import CheckpointError, ConfigError
 from mmstructkd.hooks.student_checkpoint import plain_values
 from mmstructkd.registry import MODELS

@@ -17,9 +17,9 @@ from mmengine.runner import Runner
 from torch import nn
 
 from mmstructkd.checkpoints import ON_COMMAND_LINE, local_checkpoint, read_checkpoint
-from mmstructkd.distillers.weights import check_values, describe_mismatch, take_prefix, tensors_in
 from mmstructkd.errors import CheckpointError, ConfigError
 from mmstructkd.registry import build_part
+from mmstructkd.weights import check_values, describe_mismatch, take_prefix, tensors_in
 
 __all__ = ['build_network', 'file_hash', 'load_student', 'load_weights', 'student_config']
 
@@ -216,7 +216,7 @@ def load_weights(
         trust_checkpoint: allow a file whose reading runs code.
         how: what the user writes to allow it, for the message.
         prefix: take the part of the checkpoint whose keys begin so, without that.
-        prefix_key: how the user sets it, see :func:`~mmstructkd.distillers.weights.describe_mismatch`.
+        prefix_key: how the user sets it, see :func:`~mmstructkd.weights.describe_mismatch`.
 
     Returns:
         SHA-256 of the file.

@@ -33,9 +33,9 @@ from mmstructkd.distillers.loading import DISTILLER, _drop_pretrained
 from mmstructkd.distillers.probing import explain_cut
 from mmstructkd.distillers.structured_distiller import Observation, StructuredDistiller
 from mmstructkd.distillers.term import Term
-from mmstructkd.distillers.weights import tensors_in
 from mmstructkd.errors import CheckpointError, ConfigError, TapError
 from mmstructkd.registry import MODELS
+from mmstructkd.weights import tensors_in
 
 __all__ = [
     'CostReport',

@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.runner import Runner
 from torch import Tensor, nn
 
 from mmstructkd.distillers import FrozenTeacher, loading
 from mmstructkd.distillers.loading import build_network, load_student, load_weights
 from mmstructkd.errors import CheckpointError, ConfigError
-from mmstructkd.testing import toy_segmentor
+from mmstructkd.testing import toy_config, toy_segmentor
 
 State = dict[str, Tensor]
 KERNEL = 'backbone.layer1.0.conv1.weight'
@@ -131,6 +132,35 @@ def test_tools_say_what_to_do_about_a_prefix(state: State, path: Path) -> None:
     cfg = Config(dict(model=toy_segmentor(4), default_scope='mmseg'))
     with pytest.raises(CheckpointError, match=r"lie under 'student\.'.*Save that part without its prefix"):
         load_student(cfg, str(path), owner='tool')
+
+
+def lenient(tmp_path: Path, content: dict, use: str) -> None:
+    torch.save(content, tmp_path / 'student.pth')
+    changes: dict[str, Any] = dict(load_from=str(tmp_path / 'student.pth'), resume=use == 'resume', max_iters=3)
+    runner = Runner.from_cfg(toy_config(toy_segmentor(4), tmp_path / 'work', **changes))
+    runner.load_or_resume() if use == 'test' else runner.train()
+
+
+@pytest.mark.parametrize('use', ['train', 'resume', 'test'])
+@pytest.mark.parametrize('prefix', ['student.', 'ema_', 'architecture.'])
+def test_a_runner_does_not_go_on_with_random_weights(state: State, tmp_path: Path, use: str, prefix: str) -> None:
+    content = {'state_dict': {prefix + key: value for key, value in state.items()}, 'meta': {'iter': 1, 'epoch': 0}}
+    with pytest.raises(CheckpointError, match=rf"student\.pth', where they lie under '{prefix}'") as info:
+        lenient(tmp_path, content, use)
+    assert len(str(info.value).splitlines()) == 1
+    assert 'Save that part without its prefix' in str(info.value)
+
+
+def test_a_runner_finds_no_weights(state: State, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="student.pth' with tensors under 'model' only"):
+        lenient(tmp_path, {'model': state}, 'test')
+
+
+def test_a_runner_stays_lenient_with_the_rest(state: State, tmp_path: Path) -> None:
+    """A part of a network, another head, or weights that the network itself renames."""
+    lenient(tmp_path, {f'module.{key}': value for key, value in state.items()}, 'test')
+    lenient(tmp_path, {key: value for key, value in state.items() if key.startswith('backbone.')}, 'test')
+    lenient(tmp_path, {key.removeprefix('backbone.'): value for key, value in state.items()}, 'test')
 
 
 # --- other keys ----------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mmstructkd.errors import CheckpointError, suggest
 
-__all__ = ['check_values', 'describe_mismatch', 'take_prefix', 'tensors_in']
+__all__ = ['check_place', 'check_values', 'describe_mismatch', 'take_prefix', 'tensors_in']
 
 #: Largest magnitudes taken for true. Trained parameters stay below some hundreds (folded and re-parametrised
 #: convolutions below 1e5), statistics of images of 0..255 through a wide first layer below 1e9; one flipped bit of a
@@ -60,6 +60,32 @@ def tensors_in(content: Mapping[str, Any], owner: str, checkpoint: str) -> dict[
         f'{owner}: `checkpoint` must hold weights, as they are or under `state_dict`, got {checkpoint!r} with {where}. '
         "Save that part in a new file as {'state_dict': ...}."
     )
+
+
+def check_place(content: Any, own: Iterable[str], owner: str, checkpoint: str) -> None:
+    """Raise where a checkpoint has the weights of a network, but not where they are looked for.
+
+    For those who load leniently: whatever else does not fit is theirs.
+
+    Args:
+        content: of the file.
+        own: keys of the network.
+        owner: who asks, for the message.
+        checkpoint: name of the file.
+
+    Raises:
+        CheckpointError: all of them lie under a prefix, or under a key of the file.
+    """
+    if not isinstance(content, Mapping):
+        raise CheckpointError(
+            f'{owner}: `checkpoint` must hold a dict of weights, got {checkpoint!r} with a {type(content).__name__}. '
+            'Save `model.state_dict()`.'
+        )
+    weights = tensors_in(content, owner, checkpoint)
+    missing = [key for key in own if not key.endswith(SEEN)]
+    prefixes = {} if any(key in weights for key in missing) else prefixes_of(missing, weights)
+    if prefixes:
+        raise CheckpointError(_under_prefix(owner, checkpoint, prefixes, len(missing), None))
 
 
 def take_prefix(weights: Mapping[str, Tensor], prefix: str, own: Iterable[str], owner: str) -> dict[str, Tensor]:
@@ -148,17 +174,7 @@ def describe_mismatch(
         return ''
     prefixes = prefixes_of(missing, weights)
     if prefixes:
-        where = ' and '.join(f'{prefix!r} ({count} of {len(missing)} keys)' for prefix, count in prefixes.items())
-        first = next(iter(prefixes))
-        way_out = (
-            'Save that part without its prefix in a new file.'
-            if prefix_key is None
-            else f'Set {prefix_key.format(repr(first))} to take that part.'
-        )
-        return (
-            f'{owner}: `checkpoint` must give every parameter of the config, got {checkpoint!r}, where they lie under '
-            f'{where}. {way_out}'
-        )
+        return _under_prefix(owner, checkpoint, prefixes, len(missing), prefix_key)
     if not (missing or misshapen):
         groups = Counter(beginning(key) for key in unexpected)
         under = ', '.join(f'{count} under {name!r}' for name, count in groups.most_common(SHOWN))
@@ -186,6 +202,20 @@ def describe_mismatch(
     lines += _few(shapes, 'of another shape')
     lines.append('Use the config this checkpoint was trained with (allow_random=True lets the rest stay random).')
     return '\n'.join(lines)
+
+
+def _under_prefix(
+    owner: str, checkpoint: str, prefixes: Mapping[str, int], missing: int, prefix_key: str | None
+) -> str:
+    """Say where the weights lie, and how to take them."""
+    where = ' and '.join(f'{prefix!r} ({count} of {missing} keys)' for prefix, count in prefixes.items())
+    way_out = 'Save that part without its prefix in a new file.'
+    if prefix_key is not None:
+        way_out = f'Set {prefix_key.format(repr(next(iter(prefixes))))} to take that part.'
+    return (
+        f'{owner}: `checkpoint` must give every parameter of the config, got {checkpoint!r}, where they lie under '
+        f'{where}. {way_out}'
+    )
 
 
 def compare_keys(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> tuple[list[str], list[str], list[str]]:
