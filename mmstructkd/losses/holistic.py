@@ -239,7 +239,7 @@ class HolisticLoss(DistillLoss):
             raise ConfigError(
                 f"{owner}: `normalize` must be 'depth' or 'log_depth' with teacher_output='disparity', got None."
             )
-        self.teacher_output = teacher_output
+        self.teacher_output = None if normalize is None else teacher_output
         self.by_class = normalize is None
         self.own_optimizer = dict(settings['optimizer'])
         if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or seed < 0):
