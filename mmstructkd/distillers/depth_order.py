@@ -58,25 +58,25 @@ def depth_order(first: Tensor, second: Tensor, valid: Tensor) -> Tensor:
     return torch.stack([agreed.sum() / number.clamp(min=1), number])
 
 
-def check_depth_order(loss: DistillLoss, student: Tensor, teacher: Tensor, targets: Targets) -> bool:
+def check_depth_order(loss: DistillLoss, teacher: Tensor, targets: Targets, *, depth: bool = False) -> bool:
     """Raise where a teacher's depth map runs against the ground truth. Waits for the device.
 
     Args:
-        loss: the loss that compares the maps.
-        student: its tensor of the student.
+        loss: the loss; one on depth says with ``teacher_output`` what it is given.
         teacher: its tensor of the teacher.
         targets: what the batch knows besides.
+        depth: the tensor is held against the student's depth, whatever the loss.
 
     Returns:
-        Whether the question is settled: there are no depth maps, the loss is
-        told what the teacher predicts, or enough pairs of pixels agree.
+        Whether the question is settled: the loss compares no depth maps in
+        known units, there is no ground truth, or enough pairs of pixels agree.
 
     Raises:
         ConfigError: the teacher orders pixels the other way round.
     """
-    output = getattr(loss, 'teacher_output', None)
-    maps = all(tensor.dim() == 4 and tensor.shape[1] == 1 for tensor in (student, teacher))
-    if targets.depth is None or not maps or output == 'same':
+    said = getattr(loss, 'teacher_output', None)
+    output = 'depth' if said is None and depth else said
+    if output not in ('depth', 'disparity') or targets.depth is None or teacher.dim() != 4 or teacher.shape[1] != 1:
         return True
     size = (teacher.shape[2], teacher.shape[3])
     truth = resize_labels(targets.depth, size).to(teacher.device)
@@ -84,23 +84,21 @@ def check_depth_order(loss: DistillLoss, student: Tensor, teacher: Tensor, targe
     if targets.inside is not None:
         valid = valid & resize_mask(targets.inside, size).to(valid.device)
     gamma, number = depth_order(teacher, truth, valid).tolist()
-    if output == 'disparity':
-        gamma = -gamma
     if number < ENOUGH:
         return False
-    if gamma >= OPPOSED:
+    if (gamma if output == 'depth' else -gamma) >= OPPOSED:
         return True
-    owner = type(loss).__name__
-    if output is None:
+    if said is None:
         raise ConfigError(
-            f'{owner}: the depth of the teacher must rise where the ground truth does, got an order of {gamma:.2f} '
-            f'(1: alike, -1: opposite) over {number:.0f} pairs of pixels: it looks like disparity. Take a loss with '
-            "`teacher_output` (DepthRegressionLoss, ScaleShiftInvariantLoss) and set it to 'disparity'."
+            f'{type(loss).__name__}: the map of the teacher must be depth, as that of the student is, got one whose '
+            f'order against the depth of the ground truth is {gamma:.2f} (1: alike, as depth; -1: opposite, as '
+            f'disparity; {number:.0f} pairs of pixels). Take a loss that converts it, e.g. ScaleShiftInvariantLoss or '
+            "DepthRegressionLoss with teacher_output='disparity'."
         )
     other = 'disparity' if output == 'depth' else 'depth'
     raise ConfigError(
-        f'{owner}: `teacher_output` must be what the teacher predicts, got {output!r} for a map whose order against '
-        f'the ground truth is {gamma:.2f} (1: alike, -1: opposite; {number:.0f} pairs of pixels). Set '
-        f"teacher_output={other!r}, or 'same' where the student predicts what the teacher does and the ground truth "
-        'is something else.'
+        f'{type(loss).__name__}: `teacher_output` must be what the teacher predicts, got {output!r} for a map whose '
+        f'order against the depth of the ground truth is {gamma:.2f} (1: alike, as depth; -1: opposite, as disparity; '
+        f"{number:.0f} pairs of pixels). Set teacher_output={other!r}, or 'same' where the student predicts what the "
+        'teacher does and the ground truth is something else.'
     )

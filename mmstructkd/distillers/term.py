@@ -48,6 +48,8 @@ MISPLACED = {
 }
 MATCHES = ('stride', 'order')
 
+#: Modules whose output is a depth map in a depth estimator.
+DEPTH_MAPS = ('to_depth', 'decode_head')
 #: How many steps may look whether the teacher's depth agrees with the ground truth.
 LOOKS = 3
 
@@ -471,7 +473,7 @@ class Term(nn.Module):
             )
         for owner, head, width in zip(('student', 'teacher'), heads, widths, strict=True):
             known = getattr(head, 'out_channels', None)
-            if known is not None and known != width:
+            if self.connector_config is None and isinstance(known, int) and known != width:
                 raise ConfigError(
                     f'term {self.name!r}: `{owner}` must tap the scores of all classes for {kind}, got {width} channel'
                     f'{"s" * (width > 1)} where {type(head).__name__} has out_channels={known}.'
@@ -733,9 +735,13 @@ class Term(nn.Module):
     def _look(self, pairs: list[tuple[Tensor, Tensor]], targets: Targets) -> None:
         """In the first step, where the host may wait: does the teacher's depth rise where the ground truth does?"""
         self._looks -= 1
+        # What a head of depth gives, as it is: anything else of one channel may mean anything.
+        plain = all(isinstance(connector, nn.Identity) for connector in self.connectors)
+        depth = plain and all(tap.module.split('.')[-1] in DEPTH_MAPS for tap in self.student_taps)
         with self._named():
             decided = all(
-                check_depth_order(loss, *pair, targets) for loss, pair in zip(self.losses, pairs, strict=True)
+                check_depth_order(loss, teacher, targets, depth=depth)
+                for loss, (_, teacher) in zip(self.losses, pairs, strict=True)
             )
         if decided:
             self._looks = 0

@@ -24,8 +24,9 @@ WHERE = ('inside', 'labelled', 'unlabelled', 'all')
 def predicted_by(head: nn.Module | None) -> str | None:
     """What a head says that it predicts: ``'depth'``, ``'disparity'``, or ``None``.
 
-    By an attribute ``predicts``, or by the name of its class (``DisparityHead``,
-    ``InverseDepthHead``); one with ``max_depth`` predicts depth.
+    By an attribute ``predicts``, by the name of its class (``DisparityHead``,
+    ``InverseDepthHead``), or as a head of :mod:`mmstructkd.models`, which ends in
+    ``to_depth``.
     """
     said = getattr(head, 'predicts', None)
     if said in ('depth', 'disparity'):
@@ -33,7 +34,7 @@ def predicted_by(head: nn.Module | None) -> str | None:
     name = type(head).__name__.lower()
     if 'disp' in name or 'inverse' in name:
         return 'disparity'
-    return 'depth' if isinstance(getattr(head, 'max_depth', None), (int, float)) else None
+    return 'depth' if hasattr(head, 'to_depth') else None
 
 
 class DepthLoss(DistillLoss):

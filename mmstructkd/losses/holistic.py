@@ -245,7 +245,7 @@ class HolisticLoss(DistillLoss):
             raise ConfigError(
                 f"{owner}: `normalize` must be 'depth' or 'log_depth' with teacher_output='disparity', got None."
             )
-        self.teacher_output = teacher_output
+        self.teacher_output = None if normalize is None else teacher_output
         self.by_class = normalize is None
         self.own_optimizer = dict(settings['optimizer'])
         check_seed(owner, seed)

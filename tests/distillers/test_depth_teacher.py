@@ -161,10 +161,23 @@ def test_both_networks_predict_something_else() -> None:
     assert step(model).isfinite()
 
 
-def test_other_losses_on_depth_maps_are_looked_at_too() -> None:
-    model = MODELS.build(config('disparity', 'FeatureMSELoss'))
-    with pytest.raises(ConfigError, match=r"term 'metres': FeatureMSELoss: .*looks like disparity.*`teacher_output`"):
+@pytest.mark.parametrize(
+    ('loss', 'settings'),
+    [
+        ('FeatureMSELoss', {}),
+        ('StandardizedMSELoss', {}),
+        ('ChannelwiseKLLoss', {}),
+        ('HolisticLoss', dict(critic=dict(base_channels=2))),
+    ],
+)
+def test_other_losses_on_depth_maps_are_looked_at_too(loss: str, settings: dict) -> None:
+    model = MODELS.build(config('disparity', loss, **settings))
+    with pytest.raises(ConfigError, match=rf"term 'metres': {loss}: the map of the teacher must be depth.*teacher_out"):
         step(model)
+    assert step(MODELS.build(config('depth', loss, **settings))).isfinite()
+
+
+def test_a_critic_of_depth_is_looked_at_too() -> None:
     critic = dict(base_channels=2)
     for said, ok in (('depth', False), ('disparity', True)):
         model = MODELS.build(config('disparity', 'HolisticLoss', critic=critic, normalize='depth', teacher_output=said))
@@ -199,8 +212,8 @@ def test_only_the_first_steps_look(monkeypatch: pytest.MonkeyPatch) -> None:
     """Until it is settled, and three times at most: images without a reading settle nothing."""
     looks = []
 
-    def noted(*args: Any) -> bool:
-        looks.append(check_depth_order(*args))
+    def noted(*args: Any, **kwargs: Any) -> bool:
+        looks.append(check_depth_order(*args, **kwargs))
         return looks[-1]
 
     monkeypatch.setattr(term_module, 'check_depth_order', noted)
@@ -257,7 +270,7 @@ class PlainHead(nn.Module):
     'head', [DisparityHead(), PlainHead(predicts='disparity'), type('InverseDepthHead', (nn.Module,), {})()]
 )
 def test_heads_that_say_so_are_believed_at_build(head: nn.Module) -> None:
-    metres = PlainHead(max_depth=10.0)
+    metres = PlainHead(to_depth=None)
     for kind in (DepthRegressionLoss, OrdinalRelationLoss, VirtualNormalLoss):
         with pytest.raises(ConfigError, match=f"{kind.__name__}: `teacher_output` must be .* Set teacher_output='disp"):
             kind().check_heads(metres, head)
