@@ -184,8 +184,9 @@ def _sized(cfg: Any, size: tuple[int, int]) -> Any:
     model = copy.deepcopy(cfg.model)
     for holder in (model, model.get('student', {})):
         preprocessor = holder.get('data_preprocessor')
-        if preprocessor is not None and preprocessor.get('size') is not None:
-            preprocessor['size'] = size
+        for part in (preprocessor, *((preprocessor or {}).get('batch_augments') or ())):
+            if part is not None and part.get('size') is not None:
+                part['size'] = size
     return model
 
 
@@ -213,8 +214,9 @@ def _plain(cfg: Any, report: dict[str, Any]) -> tuple[int, int]:
     preprocessor = network.data_preprocessor
     for place, size in enumerate(sizes):
         try:
-            if getattr(preprocessor, 'size', None) is not None:
-                preprocessor.size = size
+            for part in (preprocessor, *(getattr(preprocessor, 'batch_augments', None) or ())):
+                if getattr(part, 'size', None) is not None:
+                    part.size = size
             batch = synthetic_batch(network, size, BATCH, needs=needs)
             begin = time.monotonic()
             report['losses'] = _step(network, batch, cfg)

@@ -320,22 +320,24 @@ def explain_cut(reason: str, tap: Tap) -> str:
     }[reason]
 
 
-def no_way(role: str, err: ForwardFailed, sizes: Sequence[tuple[int, int]], given: bool) -> TapError:
-    """The error for a network that no attempt could run.
+def no_way(failures: Sequence[tuple[str, tuple[int, int], ForwardFailed]], given: bool) -> TapError:
+    """The error for networks that could not be run at any size.
 
     Args:
-        role: ``'student'`` or ``'teacher'``.
-        err: of the last attempt.
-        sizes: those that were tried.
+        failures: of each attempt which network failed, at which size, and how.
         given: whether the config has set ``probe_size``.
 
     Returns:
         The error.
     """
-    tried = ', '.join(f'{height}x{width}' for height, width in sizes)
+    role, _, first = failures[0]
+    tried: dict[str, list[str]] = {}
+    for _, (height, width), err in failures:
+        tried.setdefault(str(err), []).append(f'{height}x{width}')
+    got = '; '.join(f'{text} ({", ".join(dict.fromkeys(sizes))})' for text, sizes in list(tried.items())[:3])
     set_size = '`probe_size`' if given else 'probe_size=(h, w) of the distiller'
     return TapError(
-        f'StructuredDistiller: the {role} ({err.network}) must run before training on one image of noise, so that its '
-        f'taps {[str(tap) for tap in err.taps]} are known, got {err} (way {err.route!r}, inputs of {tried}). '
-        f'Set {set_size} to the size that training feeds, or tap a module before that.'
+        f'StructuredDistiller: the {role} ({first.network}) must run before training on one image of noise, so that '
+        f'its taps {[str(tap) for tap in first.taps]} are known, got {got}. Set {set_size} to the size that training '
+        'feeds, or tap a module before that.'
     )

@@ -259,10 +259,16 @@ class StructuredDistiller(BaseModel):
                 owners[key] = term.name
 
     def _try_sizes(self, sizes: Sequence[tuple[int, int]], given: bool) -> tuple[Probe, Capture]:
-        """Probe both networks at the first size at which both run."""
+        """Probe both networks at the first size at which both run.
+
+        What fails behind the taps at each size (a loss on noise, an operator
+        that the device lacks) is no matter, if the taps are passed alike at two
+        sizes: then it was not a level that was too small.
+        """
         owners = {tap: f'term {term.name!r}' for term in self.terms.values() for tap in term.student_taps}
         teacher_taps = [tap for term in self.terms.values() for tap in term.teacher_taps]
-        failure: tuple[str, ForwardFailed] | None = None
+        failures: list[tuple[str, tuple[int, int], ForwardFailed]] = []
+        partial: tuple[Probe, Capture] | None = None
         for device in probe_devices(self.student):
             with self._moved(device):
                 for size in sizes:
@@ -273,11 +279,19 @@ class StructuredDistiller(BaseModel):
                         more = {'regions': seen.regions} if seen.chosen else {}
                         observed = self._teacher.probe(seen.inputs, seen.samples, teacher_taps, **more)
                     except ForwardFailed as err:
-                        failure = (role, err)
-                    else:
-                        return (seen, observed) if device is None else (seen.to('cpu'), on_device(observed, 'cpu'))
-        assert failure is not None  # there is always a size
-        raise no_way(*failure, sizes, given) from failure[1]
+                        failures.append((role, size, err))
+                        continue
+                    if device is not None:
+                        seen, observed = seen.to('cpu'), on_device(observed, 'cpu')
+                    if not (seen.capture.partial or getattr(observed, 'partial', False)):
+                        return seen, observed
+                    passes = [seen.capture.passes, observed.passes]
+                    if partial is not None and passes == [partial[0].capture.passes, partial[1].passes]:
+                        return partial
+                    partial = seen, observed
+        if partial is not None:
+            return partial
+        raise no_way(failures, given) from failures[0][2]
 
     @contextlib.contextmanager
     def _moved(self, device: str | None) -> Iterator[None]:

@@ -60,6 +60,8 @@ class Capture:
             ``'frozen'`` (nothing that is trained lies before it). Empty where
             gradients are off anyway.
         stopped: whether the forward was ended early.
+        partial: whether the network failed on the way, after each tap was passed:
+            ``passes`` may be short.
     """
 
     def __init__(
@@ -77,6 +79,7 @@ class Capture:
         self.passes: dict[Tap, int] = dict.fromkeys(self.taps, 0)
         self.cut: dict[Tap, str] = {}
         self.stopped = False
+        self.partial = False
         self._trains = False
         self._left = None if calls is None else sum(calls[tap] for tap in self.taps)
         self._versions: list[tuple[Tap, Tensor, int]] = []

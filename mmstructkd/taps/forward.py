@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -46,7 +47,8 @@ class ForwardFailed(RuntimeError):
 
     def __init__(self, network: nn.Module, taps: Sequence[Tap], reasons: Mapping[str, Exception]) -> None:
         route, error = next(iter(reasons.items()))
-        text = (str(error).strip().splitlines() or [''])[0]
+        lines = str(error).strip().splitlines()
+        text = lines[0] if lines else traceback.extract_tb(error.__traceback__)[-1].line  # an assertion without a word
         super().__init__(f'{type(error).__name__} in {stage_of(error, network)}: {text}')
         self.network = type(network).__name__
         self.taps = tuple(taps)
@@ -131,7 +133,8 @@ def find_route(
     """Run ``network`` along several routes, until one passes every tap.
 
     A route that ends in an exception counts only if no other passes all taps;
-    what it had passed by then is what there is to know.
+    what it had passed by then is what there is to know, and the capture says
+    that it is partial.
 
     Args:
         network: a segmentor, depth estimator or detector.
@@ -166,6 +169,7 @@ def find_route(
         except Exception as err:  # whatever a network runs into that is run in a way that it is not made for
             failed[route] = err
             if all(capture.passes.values()) and partial is None:
+                capture.partial = True
                 partial = (capture, route)
             continue
         if all(capture.passes.values()):

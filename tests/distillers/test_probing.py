@@ -136,7 +136,7 @@ def test_a_network_that_cannot_be_run_is_named(role: str) -> None:
     assert "ValueError in 'backbone'" in text
     assert '48x64' in text
     assert 'probe_size=(h, w)' in text
-    with pytest.raises(TapError, match=r'inputs of 16x24\). Set `probe_size` to the size that training feeds'):
+    with pytest.raises(TapError, match=r'take \(16x24\). Set `probe_size` to the size that training feeds'):
         build(TERMS, **networks, probe_size=(16, 24))
 
 
