@@ -22,6 +22,7 @@ MAY_IMPORT = {
     'registry': set(),
     'streams': set(),
     'compat': {'errors', 'streams'},
+    'running': {'compat'},
     'connectors': {'functional'},
     'temperatures': {'functional'},
     'critics': {'functional'},
