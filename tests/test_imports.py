@@ -27,6 +27,7 @@ MAY_IMPORT = {
     'stream_states': set(),
     'weights': {'errors'},
     'compat': {'errors', 'checkpoints', 'stream_states', 'weights'},
+    'running': {'compat'},
     'connectors': {'functional'},
     'temperatures': {'functional'},
     'critics': {'functional'},
