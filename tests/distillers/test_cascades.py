@@ -229,10 +229,10 @@ def test_heads_for_the_whole_image_have_labels_of_the_image() -> None:
     torch.testing.assert_close(records[taps[0]][0], wanted)
     assert records[taps[1]][0].shape[0] == 1
     term, batch = model.terms['whole'], torch.zeros(1, 3, 64, 96)
-    known = Targets(images=batch, valid=torch.ones(1, 64, 96, dtype=torch.bool), input_size=(64, 96))
+    known = Targets(images=batch, labels=torch.ones(1, 64, 96, dtype=torch.int64), input_size=(64, 96))
     maps = {term.student_taps[0]: [torch.randn(1, 6, 8, 12)]}
     term(maps, maps, known, regions)
-    assert WitnessLoss.seen[-1][2].valid is known.valid
+    assert WitnessLoss.seen[-1][2].labels is known.labels
 
 
 @pytest.mark.parametrize('also_boxes', [True, False])
