@@ -83,6 +83,9 @@ def draw(cfg: Config, args: argparse.Namespace) -> None:
             f"Add default_hooks=dict(visualization=dict(type='{kind}'))."
         )
     hook.draw = True
+    if not detection:
+        # mmseg of the openmmlab line draws every 50th batch only; the onedl line and mmdet draw all.
+        hook.setdefault('interval', 1)
     if args.show:
         check_display()
         hook.show, hook.wait_time = True, args.wait_time

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import gc
+import inspect
 import logging
 import random
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from mmengine.config import Config
 from mmengine.evaluator import BaseMetric
 from mmengine.hooks import EarlyStoppingHook, Hook
 from mmengine.registry import METRICS, TRANSFORMS
-from mmengine.runner import Runner
+from mmengine.runner import IterBasedTrainLoop, Runner
 
 from mmstructkd.checkpoints import read_checkpoint
 from mmstructkd.registry import MODELS
@@ -479,3 +480,28 @@ def test_a_pipeline_that_is_switched(tmp_path: Path) -> None:
         return cfg
 
     assert_exact(tmp_path, build, Interrupt(5), Interrupt(9), last='epoch_3.pth')
+
+
+@pytest.mark.skipif(
+    'fast_forward_on_resume' not in inspect.signature(IterBasedTrainLoop).parameters,
+    reason='mmengine has it from 0.10.12 on',
+)
+def test_data_that_are_not_to_be_advanced(tmp_path: Path, logged: list[str]) -> None:
+    """Then mmengine's warning is true: the first batch is the first of the stream."""
+    cfg = config(tmp_path)
+    cfg.train_cfg.fast_forward_on_resume = True
+    cfg.train_dataloader.sampler.shuffle = False
+    run(cfg, Interrupt(2))
+    cfg.resume = True
+    logged.clear()
+    runner = Runner.from_cfg(cfg)
+    seen = []
+
+    class See(Hook):
+        def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
+            seen.append(data_batch['data_samples'][0].img_path)
+
+    runner.register_hook(See())
+    runner.train()
+    assert 'Skip advancing dataloader' in '\n'.join(logged)
+    assert seen[0].endswith('_0000000.png')
