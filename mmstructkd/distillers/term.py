@@ -608,8 +608,8 @@ class Term(nn.Module):
         if self.on_regions and regions is not None:
             mask = any('.mask_' in tap.module for tap in self.student_taps)
             targets = region_targets(targets, (regions.masks if mask else regions.boxes)[0])
-        elif self.loss.where != 'labelled':
-            targets = dataclasses.replace(targets, valid=targets.inside)
+        else:
+            targets = self._placed(targets)
         parts: dict[str, list[Tensor]] = {}
         if not self.joint:
             self.pairs(student, teacher)  # an equal number of both
@@ -627,6 +627,17 @@ class Term(nn.Module):
             factor = self.pace if part else self.pace * self.factor
             out[f'loss_kd_{self.name}' + (f'_{part}' if part else '')] = torch.stack(numbers).mean() * factor
         return out
+
+    def _placed(self, targets: Targets) -> Targets:
+        """The targets with the positions that count for the loss."""
+        if self.loss.where != 'labelled':
+            return dataclasses.replace(targets, valid=targets.inside)
+        images = targets.images
+        if self.loss.needs_labels or targets.labels is not None or targets.depth is not None or images is None:
+            return targets
+        # A batch without labels in a task that has them: nothing is labelled.
+        nothing = torch.zeros(len(images), *images.shape[2:], dtype=torch.bool, device=images.device)
+        return dataclasses.replace(targets, valid=nothing)
 
     def _look(self, pairs: list[tuple[Tensor, Tensor]], targets: Targets) -> None:
         """In the first step, where the host may wait: does the teacher's depth rise where the ground truth does?"""
