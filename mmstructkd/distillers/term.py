@@ -690,8 +690,7 @@ class Term(nn.Module):
         if not (self.active or all_parts):
             return {f'loss_kd_{self.name}': self.silence()}
         self.used = self.used or torch.is_grad_enabled()
-        if self.loss.where != 'labelled':
-            targets = dataclasses.replace(targets, valid=targets.inside)
+        targets = self._placed(targets)
         points = getattr(regions, 'points', ())
         if self.on_points and points:
             targets = point_targets(targets, points[0])
@@ -731,6 +730,17 @@ class Term(nn.Module):
                     mine = repeat_targets(targets, self.branches)
                 known.append((mine, regional))
         return known
+
+    def _placed(self, targets: Targets) -> Targets:
+        """The targets with the positions that count for the loss."""
+        if self.loss.where != 'labelled':
+            return dataclasses.replace(targets, valid=targets.inside)
+        images = targets.images
+        if self.loss.needs_labels or targets.labels is not None or targets.depth is not None or images is None:
+            return targets
+        # A batch without labels in a task that has them: nothing is labelled.
+        nothing = torch.zeros(len(images), *images.shape[2:], dtype=torch.bool, device=images.device)
+        return dataclasses.replace(targets, valid=nothing)
 
     def _look(self, pairs: list[tuple[Tensor, Tensor]], targets: Targets) -> None:
         """In the first step, where the host may wait: does the teacher's depth rise where the ground truth does?"""

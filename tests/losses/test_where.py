@@ -133,6 +133,17 @@ def test_padding_counts_nowhere(name: str) -> None:
     assert not gradient[1, :, 5:].any()
 
 
+def test_a_batch_that_comes_without_label_maps() -> None:
+    """Of unlabelled images some samples have no ``gt_sem_seg`` at all: then nothing of the batch is labelled."""
+    data = batch()
+    for where, taught in (('inside', True), ('labelled', False)):
+        model = distiller('PixelwiseKLLoss', where=where)
+        term = model.terms['one']
+        _, seen = model.observe(data['inputs'], data['data_samples'], [term])
+        unlabelled = dataclasses.replace(seen.targets, labels=None, valid=seen.targets.inside)
+        assert (term(seen.student, seen.teacher, unlabelled)['loss_kd_one'] > 0) == taught
+
+
 def test_collected_targets() -> None:
     """Inside is what is not padding; valid is what is labelled as well."""
     model = MODELS.build(toy_segmentor())
