@@ -31,7 +31,7 @@ from mmstructkd.functional.depth import depth_of_disparity, depth_readings, norm
 from mmstructkd.functional.precision import full_precision
 from mmstructkd.losses.base import DistillLoss
 from mmstructkd.losses.depth_base import OUTPUTS
-from mmstructkd.losses.own_optimizer import check_optimizer
+from mmstructkd.optimizers import check_optimizer
 from mmstructkd.registry import MODELS, build_part
 from mmstructkd.structures import Targets
 
@@ -470,12 +470,7 @@ def _settle(owner: str, preset: str | None, given: Mapping[str, Any], critic: di
         check_flag(owner, name, settings[name])
     check_finite_number(owner, 'critic_weight', settings['critic_weight'], minimum=0)
     check_finite_number(owner, 'gradient_penalty_weight', settings['gradient_penalty_weight'], minimum=0)
-    if 'type' not in settings['optimizer']:
-        raise ConfigError(
-            f'{owner}: `optimizer` must name its type, got {settings["optimizer"]!r}. '
-            "Write e.g. optimizer=dict(type='Adam', lr=4e-4, betas=(0.9, 0.99))."
-        )
-    check_optimizer(owner, 'optimizer', settings['optimizer'])
+    check_optimizer(owner, settings['optimizer'])
     if 'in_channels' in critic:
         raise ConfigError(
             f"{owner}: `critic['in_channels']` must be left out, got {critic['in_channels']!r}. The probe fills it in."
