@@ -177,7 +177,7 @@ def _hints(function: Callable[..., Any]) -> dict[str, Any]:
 
 def _chain(cls: type) -> list[Callable[..., Any]]:
     """The constructors of a class: its own, and those behind it to which ``**kwargs`` go on."""
-    chain = []
+    chain: list[Callable[..., Any]] = []
     for base in cls.__mro__:
         init = base.__dict__.get('__init__')
         if init is None:
@@ -188,6 +188,11 @@ def _chain(cls: type) -> list[Callable[..., Any]]:
         if not _takes_any_name(init):
             return chain
     return chain
+
+
+def _package(thing: Any) -> str:
+    """Name of the package that something is defined in."""
+    return str(getattr(thing, '__module__', '')).partition('.')[0]
 
 
 def _takes_any_name(function: Callable[..., Any]) -> bool:
@@ -207,6 +212,7 @@ def _takes(cls: type) -> _Takes:
     misplaced: Mapping[str, str] = getattr(cls, 'misplaced_arguments', {})
     for depth, init in enumerate(chain):
         own = _hints(init)
+        trusted = _package(init) in (_package(cls), __name__.partition('.')[0])
         anything = many = False
         for parameter in list(inspect.signature(init).parameters.values())[1:]:
             name = parameter.name
@@ -216,7 +222,8 @@ def _takes(cls: type) -> _Takes:
                 anything = True
             elif name not in known:
                 known[name] = None
-                if name in own:
+                # Annotations of other packages do not always say all that is taken; of a flag they do.
+                if name in own and (trusted or own[name] in _FLAGS):
                     hints[name] = own[name]
                 if parameter.default is not parameter.empty:
                     defaults[name] = parameter.default

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from mmcv.cnn import ConvModule
-from torch import nn
 
 from mmstructkd.arguments import check_call
 from mmstructkd.errors import ConfigError, shown
@@ -41,7 +40,8 @@ def check_layers(
             continue
         kind = config.get('type')
         cls = look_up(MODELS, kind) if isinstance(kind, str) else kind
-        if isinstance(cls, type) and issubclass(cls, nn.Module):
+        # Annotations of other packages do not always say all that is taken.
+        if isinstance(cls, type) and cls.__module__.startswith('torch.'):
             given = {name: value for name, value in config.items() if name not in ('type', 'requires_grad')}
             check_call(f'{owner}: `{argument}`', cls, (), given, filled=inspect.signature(cls).parameters)
         settings: dict[str, Any] = {'act_cfg': None, argument: dict(config)}

@@ -249,6 +249,13 @@ def recipe(name: str) -> tuple[dict[str, Any], Callable[[Any], None]] | None:
     return None if needed else ({}, nothing)
 
 
+#: Who speaks for a class besides itself.
+OWNERS = {
+    'StructuredDistiller': ('term ',),
+    'DistillOptimWrapperConstructor': ('StructuredDistiller: `optim_wrapper`',),
+}
+
+
 def build(name: str, folder: Any, changes: dict[str, Any]) -> Any:
     settings = {
         key: value.format(folder) if isinstance(value, str) else value for key, value in recipe(name)[0].items()
@@ -278,8 +285,9 @@ def refusal(name: str, argument: str, err: Exception) -> str:
         return f'deep: {type(err).__name__}: {str(err)[:150]}'
     stem = re.sub(r'(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])', '_', name).lower()
     told = str(err)
-    owners = (name, stem, 'term ') if name == 'StructuredDistiller' else (name, stem)
-    if not any(owner in told for owner in owners) or not re.search(rf'\b{argument}\b', told):
+    owners = (name, stem, *OWNERS.get(name, ()))
+    arguments = (argument, argument.removesuffix('_cfg'))
+    if not any(owner in told for owner in owners) or not any(re.search(rf'\b{a}\b', told) for a in arguments):
         return f'unnamed: {told[:150]}'
     return 'refused'
 

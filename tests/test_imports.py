@@ -23,6 +23,7 @@ MAY_IMPORT = {
     'functional': {'errors', 'structures'},
     'registry': {'arguments', 'errors'},
     'layers': {'errors', 'arguments', 'registry'},
+    'optimizers': {'errors', 'arguments'},
     'checkpoints': {'errors'},
     'stream_states': set(),
     'weights': {'errors'},
@@ -73,7 +74,7 @@ MAY_IMPORT = {
     },
 }
 #: Every layer may use these; they import nothing of the package but each other.
-GROUND = {'errors', 'structures', 'arguments', 'registry', 'layers', 'randomness'}
+GROUND = {'errors', 'structures', 'arguments', 'registry', 'layers', 'optimizers', 'randomness'}
 
 #: Imports inside functions, each with its reason.
 LOCAL_IMPORTS: dict[tuple[str, str], str] = {

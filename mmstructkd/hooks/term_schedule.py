@@ -6,7 +6,7 @@ from typing import Any
 
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
-from mmengine.runner import Runner
+from mmengine.runner import IterBasedTrainLoop, Runner
 
 from mmstructkd.distillers.class_names import check_class_names, names_of_dataset, names_of_teacher
 from mmstructkd.distillers.schedule import WeightSchedule
@@ -39,11 +39,12 @@ class TermScheduleHook(Hook):
             runner: the runner.
 
         Raises:
-            ConfigError: the factor of a term is 0 throughout this training, or the
-                teacher has the student's classes in another order.
+            ConfigError: the factor of a term is 0 throughout this training, it
+                counts epochs in a loop that has none, or the teacher has the student's classes in another order.
         """
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
         for name, term in model.terms.items():
+            _check_epochs(name, term, runner)
             _check_counts(name, term.schedule, runner, model.teacher)
         if any(getattr(term, 'by_class', False) for term in model.terms.values()):
             dataset = getattr(runner.train_dataloader, 'dataset', None)
@@ -72,6 +73,19 @@ class TermScheduleHook(Hook):
                 module.set_progress(runner.epoch, runner.max_epochs)
             else:
                 module.set_progress(runner.iter, runner.max_iters)
+
+
+def _check_epochs(name: str, term: Any, runner: Runner) -> None:
+    """Refuse to count epochs in a loop that has none: what follows them would stand still, which nobody would see."""
+    if not isinstance(getattr(runner, 'train_loop', None), IterBasedTrainLoop):
+        return
+    followers = [module for module in term.modules() if hasattr(module, 'set_progress')]
+    for follower in (term.schedule, *followers):
+        if getattr(follower, 'by_epoch', False):
+            raise ConfigError(
+                f'term {name!r}: `by_epoch` of {type(follower).__name__} must be False in an IterBasedTrainLoop, which '
+                'counts no epochs, got True. Give iterations.'
+            )
 
 
 def _check_counts(name: str, schedule: WeightSchedule, runner: Runner, teacher: Any) -> None:

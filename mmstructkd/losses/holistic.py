@@ -31,7 +31,7 @@ from mmstructkd.functional.depth import depth_of_disparity, depth_readings, norm
 from mmstructkd.functional.precision import full_precision
 from mmstructkd.losses.base import DistillLoss
 from mmstructkd.losses.depth_base import OUTPUTS
-from mmstructkd.optim import check_optimizer
+from mmstructkd.optimizers import check_optimizer
 from mmstructkd.registry import MODELS, build_part
 from mmstructkd.structures import Targets
 

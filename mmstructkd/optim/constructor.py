@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,13 +11,14 @@ from mmengine.model import is_model_wrapper
 from mmengine.optim import OptimWrapper
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS as MMENGINE_CONSTRUCTORS
 from mmengine.registry import OPTIM_WRAPPERS as MMENGINE_WRAPPERS
-from mmengine.registry import OPTIMIZERS, Registry
+from mmengine.registry import OPTIMIZERS
 from torch import nn
 from torch.optim import Optimizer
 
-from mmstructkd.errors import ConfigError, shown, suggest
+from mmstructkd.errors import ConfigError, check_count, shown
 from mmstructkd.optim.composite import CompositeOptimizer
 from mmstructkd.optim.step import DistillStep, extend
+from mmstructkd.optimizers import check_kinds, check_optimizer, check_registered, not_built
 from mmstructkd.registry import OPTIM_WRAPPER_CONSTRUCTORS
 
 __all__ = ['DistillOptimWrapperConstructor', 'check_optimizer', 'for_distiller']
@@ -26,8 +26,6 @@ __all__ = ['DistillOptimWrapperConstructor', 'check_optimizer', 'for_distiller']
 NAME = 'mmstructkd.DistillOptimWrapperConstructor'
 DEFAULT = 'DefaultOptimWrapperConstructor'
 OWNER = 'StructuredDistiller: `optim_wrapper`'
-#: What the constructor is given is that same setting of the config.
-MADE_OF = 'DistillOptimWrapperConstructor: `optim_wrapper_cfg` from `optim_wrapper`'
 
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
@@ -102,15 +100,15 @@ class DistillOptimWrapperConstructor:
     def _build_student(self, student: nn.Module) -> OptimWrapper:
         """What the base constructor makes of the plain model, with readable errors."""
         config = self.optim_wrapper_cfg
-        _check_registered(MADE_OF, 'base_constructor', self.base_constructor, MMENGINE_CONSTRUCTORS)
-        _check_registered(MADE_OF, 'type', config.get('type', 'OptimWrapper'), MMENGINE_WRAPPERS)
+        check_registered(OWNER, 'base_constructor', self.base_constructor, MMENGINE_CONSTRUCTORS)
+        check_registered(OWNER, 'type', config.get('type', 'OptimWrapper'), MMENGINE_WRAPPERS)
         optimizer = config.get('optimizer')
         if not isinstance(optimizer, Mapping) or 'type' not in optimizer:
             raise ConfigError(
-                f"{MADE_OF}['optimizer'] must be a dict with a `type`, got {optimizer!r}. "
+                f"{OWNER}['optimizer'] must be a dict with a `type`, got {optimizer!r}. "
                 "Write e.g. optimizer=dict(type='SGD', lr=0.01, momentum=0.9)."
             )
-        _check_registered(f"{MADE_OF}['optimizer']", 'type', optimizer['type'], OPTIMIZERS)
+        check_registered(f"{OWNER}['optimizer']", 'type', optimizer['type'], OPTIMIZERS)
         try:
             constructor = MMENGINE_CONSTRUCTORS.build(
                 {
@@ -122,9 +120,39 @@ class DistillOptimWrapperConstructor:
             wrapper = constructor(student)
         except Exception as err:  # mmengine and torch raise whatever they trip over
             raise ConfigError(
-                f'{MADE_OF} must be one that can be built, got {shown(dict(config))}. {type(err).__name__}: {err}'
+                f'{OWNER} must be one that can be built, got {shown(dict(config))} with '
+                f'paramwise_cfg={shown(self.paramwise_cfg)}. {type(err).__name__}: {err}'
             ) from err
+        arguments = {name: value for name, value in optimizer.items() if name not in ('type', '_scope_')}
+        check_kinds(f"{OWNER}['optimizer']", type(wrapper.optimizer), arguments)
+        check_count(OWNER, 'accumulative_counts', config.get('accumulative_counts', 1))
+        _check_clipping(wrapper)
         return wrapper
+
+
+def _check_clipping(wrapper: OptimWrapper) -> None:
+    """Clip one number: arguments that clipping does not take would show in the first step only."""
+    if wrapper.clip_grad_kwargs is None:
+        return
+    for name in ('max_norm', 'clip_value', 'norm_type'):
+        value = wrapper.clip_grad_kwargs.get(name, 1.0)
+        if isinstance(value, (bool, str)):  # torch makes numbers of them
+            raise ConfigError(f'{OWNER}: `clip_grad`: `{name}` must be a number, got {value!r}.')
+    number = nn.Parameter(torch.ones(1))
+    number.grad = torch.ones(1)
+    try:
+        wrapper.clip_func([number], **wrapper.clip_grad_kwargs)
+        left = float(number.grad)
+    except Exception as err:  # whatever torch trips over
+        raise ConfigError(
+            f'{OWNER}: `clip_grad` must be arguments of {wrapper.clip_func.__name__}, '
+            f'got {shown(wrapper.clip_grad_kwargs)}. {type(err).__name__}: {err}'
+        ) from err
+    if not 0 < left <= 1:
+        raise ConfigError(
+            f'{OWNER}: `clip_grad` must leave a gradient its direction, got {shown(wrapper.clip_grad_kwargs)}, which '
+            f'makes {left} of 1.'
+        )
 
 
 def build_optimizer(owner: str, settings: Mapping[str, Any], params: list) -> Optimizer:
@@ -145,64 +173,7 @@ def build_optimizer(owner: str, settings: Mapping[str, Any], params: list) -> Op
     try:
         return OPTIMIZERS.build({**settings, 'params': params})
     except (TypeError, ValueError, KeyError, AssertionError) as err:
-        raise _not_built(owner, settings, err) from err
-
-
-def check_optimizer(owner: str, settings: Mapping[str, Any]) -> None:
-    """Check the config of an optimiser without building it.
-
-    Args:
-        owner: whose it is, for the message.
-        settings: the config.
-
-    Raises:
-        ConfigError: no type, an unknown one, an argument that it does not have;
-            of torch's own optimisers also a value that they refuse.
-    """
-    if not isinstance(settings, Mapping) or 'type' not in settings:
-        raise ConfigError(
-            f'{owner}: `optimizer` must name its type, got {settings!r}. '
-            "Write e.g. optimizer=dict(type='Adam', lr=4e-4, betas=(0.9, 0.99))."
-        )
-    kind = _check_registered(owner, "optimizer['type']", settings['type'], OPTIMIZERS)
-    arguments = {name: value for name, value in settings.items() if name not in ('type', '_scope_')}
-    if 'params' in arguments:
-        raise ConfigError(f"{owner}: `optimizer['params']` must be left out, got a value. The distiller fills it in.")
-    parameters = inspect.signature(kind).parameters if callable(kind) else {}
-    if parameters and not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
-        for name in arguments:
-            if name not in parameters:
-                raise ConfigError(
-                    f'{owner}: `optimizer` must have only arguments of {kind.__name__}, got {name!r}. '
-                    f'{suggest(name, [key for key in parameters if key not in ("self", "params")])}'
-                )
-    if getattr(kind, '__module__', '').startswith('torch.optim.'):
-        try:
-            kind([nn.Parameter(torch.zeros(1, 1))], **arguments)
-        except (TypeError, ValueError, AssertionError) as err:
-            raise _not_built(owner, settings, err) from err
-        except RuntimeError:
-            return  # about this parameter, on a CPU (fused kernels): the real ones may well be taken
-
-
-def _not_built(owner: str, settings: Mapping[str, Any], err: Exception) -> ConfigError:
-    return ConfigError(f'{owner}: `optimizer` must be one that can be built, got {dict(settings)}. {err}')
-
-
-def _check_registered(owner: str, argument: str, kind: Any, registry: Registry) -> Any:
-    """Return the class behind a ``type``; a name must be registered."""
-    if not isinstance(kind, str):
-        return kind
-    with registry.switch_scope_and_registry(None) as current:
-        found = current.get(kind)
-        if found is None:
-            known = {*current.module_dict, *registry.module_dict}
-    if found is None:
-        raise ConfigError(
-            f'{owner}: `{argument}` must name a registered class, got {kind!r}. '
-            f'{suggest(kind.rpartition(".")[2], known)}'
-        )
-    return found
+        raise not_built(owner, settings, err) from err
 
 
 def for_distiller(settings: Any, model: nn.Module) -> Any:
@@ -241,7 +212,7 @@ def for_distiller(settings: Any, model: nn.Module) -> Any:
             f'base_constructor={base!r}. Leave one of them out.'
         )
     base = constructor or base or DEFAULT
-    _check_registered(OWNER, 'constructor' if constructor else 'base_constructor', base, MMENGINE_CONSTRUCTORS)
+    check_registered(OWNER, 'constructor' if constructor else 'base_constructor', base, MMENGINE_CONSTRUCTORS)
     if _is_ours(base):
         raise ConfigError(
             f"{OWNER}: `base_constructor` must be that of the plain student, got {base!r}. Leave it out for mmengine's."
