@@ -461,8 +461,8 @@ class Term(nn.Module):
         maps = student.dim() in (2, 4) and teacher.dim() in (2, 4)
         if not maps or 1 not in (widths := (student.shape[1], teacher.shape[1])):
             return
-        by_channel = loss.over_classes or loss.by_class or loss.needs_equal_channels
-        if max(widths) > 2 or not (loss.over_classes or (by_channel and set(widths) == {1, 2})):
+        pairs = loss.by_class or loss.binary_pairs
+        if max(widths) > 2 or not (loss.over_classes or (pairs and widths != (1, 1))):
             return  # more than two have an error of their own: other classes
         kind = type(loss).__name__
         if targets.depth is not None:
@@ -506,8 +506,8 @@ class Term(nn.Module):
         bins = [getattr(head, 'to_depth', None) for head in heads]
         facts = [tuple(getattr(one, fact, None) for fact in ('num_bins', 'min_depth', 'max_depth')) for one in bins]
         scores = all(
-            number is not None and tensor.dim() > 1 and tensor.shape[1] == number
-            for (number, *_), tensor in zip(facts, pair, strict=True)
+            None not in (number, *ends) and tensor.dim() > 1 and tensor.shape[1] == number
+            for (number, *ends), tensor in zip(facts, pair, strict=True)
         )
         loss = self.loss
         by_channel = loss.over_classes or loss.by_class or loss.needs_equal_channels or getattr(loss, 'bins', None)
@@ -632,11 +632,10 @@ class Term(nn.Module):
         if not self.joint:
             widths = {name: width[0] for name, width in widths.items()}
         # A sigmoid's channel and a softmax's two are made comparable by the loss.
-        differ = wide_s != wide_t and not self._binary((wide_s[0], wide_t[0]), heads)
-        scores = self._classes_of((wide_s[0], wide_t[0]), classes) == classes and not getattr(
-            self.loss, 'maps_classes', False
-        )
-        if differ and scores and self.loss.needs_equal_channels:
+        binary = self.loss.binary_pairs and self._binary((wide_s[0], wide_t[0]), heads)
+        differ = wide_s != wide_t and not binary
+        scores = self._classes_of((wide_s[0], wide_t[0]), classes) == classes and classes[0] != classes[1]
+        if differ and scores and not getattr(self.loss, 'maps_classes', False) and self.loss.needs_equal_channels:
             raise self._other_classes(classes)
         if self.connector_config is None:
             needed = differ and self.loss.needs_equal_channels

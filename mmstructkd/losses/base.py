@@ -33,6 +33,8 @@ class DistillLoss(nn.Module):
         over_classes: its distributions run over the channels as classes. One
             channel then is the score of a sigmoid, see
             :mod:`~mmstructkd.functional.binary`.
+        binary_pairs: it takes one channel beside two for the scores of two classes,
+            though widths must be equal otherwise.
         by_class: it compares channel k of the student with channel k of the
             teacher although nothing is a distribution over the channels.
         where: which positions count: ``'inside'`` the image, whether labelled
@@ -51,6 +53,7 @@ class DistillLoss(nn.Module):
     needs_equal_size: bool = True
     needs_images: bool = False
     over_classes: bool = False
+    binary_pairs: bool = False
     by_class: bool = False
     where: str = 'inside'
     needs_labels: bool = False

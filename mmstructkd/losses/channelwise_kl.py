@@ -52,6 +52,7 @@ class ChannelwiseKLLoss(SoftenedLoss):
     tasks = ('seg', 'depth', 'det')
     transfers = 'where in the image each channel is active'
     paper = 'Channel-wise Knowledge Distillation for Dense Prediction (arXiv:2011.13256)'
+    binary_pairs = True
     softened_axes = (2, 3)
 
     def __init__(self, loss_weight: float = 1.0, *, temperature: Any = 4.0) -> None:

@@ -185,6 +185,13 @@ def test_one_class_of_a_detector_is_not_one_of_two() -> None:
     assert build(1, 1).terms['one'].levels
 
 
+def test_a_loss_on_raw_values_still_gets_its_convolution() -> None:
+    """Only losses that know what one channel beside two means take them as they are."""
+    model = distiller(1, 2, {'raw': dict(type='mmstructkd.FeatureMSELoss'), 'channel': OVER_CLASSES['channel']})
+    assert model.terms['raw'].levels[0].connector == 'ConvConnector'
+    assert model.terms['channel'].levels[0].connector == 'none'
+
+
 def test_a_binary_student_of_many_classes_needs_a_map() -> None:
     def build(**loss) -> nn.Module:
         terms = dict(one=dict(tap=SCORES, loss=dict(dict(type='mmstructkd.PixelwiseKLLoss'), **loss)))
