@@ -356,6 +356,7 @@ class StructuredDistiller(BaseModel):
 
         Raises:
             ConfigError: ``compile`` is set.
+            CheckpointError: the checkpoint to resume from is not there.
         """
         if runner.cfg.get('compile'):
             raise ConfigError(
