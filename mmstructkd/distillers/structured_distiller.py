@@ -522,6 +522,7 @@ class StructuredDistiller(BaseModel):
         Raises:
             ConfigError: ``compile`` is set, or ``optim_wrapper`` cannot serve a
                 distiller.
+            CheckpointError: the checkpoint to resume from is not there.
         """
         if runner.cfg.get('compile'):
             raise ConfigError(
