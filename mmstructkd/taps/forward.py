@@ -46,7 +46,7 @@ class ForwardFailed(RuntimeError):
     """
 
     def __init__(self, network: nn.Module, taps: Sequence[Tap], reasons: Mapping[str, Exception]) -> None:
-        route, error = next(iter(reasons.items()))
+        route, error = list(reasons.items())[-1]  # the way that leaves least out
         lines = str(error).strip().splitlines()
         text = lines[0] if lines else traceback.extract_tb(error.__traceback__)[-1].line  # an assertion without a word
         super().__init__(f'{type(error).__name__} in {stage_of(error, network)}: {text}')
