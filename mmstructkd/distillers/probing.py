@@ -158,27 +158,57 @@ def probe_sizes(networks: Sequence[nn.Module | None]) -> list[tuple[int, int]]:
     return list(dict.fromkeys(sizes))
 
 
-def _stand_in(network: nn.Module, *, initialised: bool = False) -> nn.Module:
+@contextlib.contextmanager
+def _stand_in(network: nn.Module, *, initialised: bool = False) -> Iterator[nn.Module]:
     """A copy of a network that shares its parameters, in training mode, normalising by what it has stored.
 
     One image makes no batch statistics. What the copy changes in buffers and
     attributes is gone with it. A copy that is ``initialised`` has parameters of
     its own: a network is built before it gets the weights that it starts from,
-    and some (whose boxes are weights) cannot be trained without.
+    and some (whose boxes are weights) cannot be trained without. A network that
+    cannot be copied stands in for itself.
     """
     shared: dict[int, Any] = {} if initialised else {id(parameter): parameter for parameter in network.parameters()}
-    twin = copy.deepcopy(network, shared)
-    if initialised:
-        with without_pretrained(), contextlib.suppress(AttributeError, KeyError, TypeError):
-            twin.init_weights()
-    twin.train()
-    for module in twin.modules():
-        if 'BatchNorm' in type(module).__name__:
-            module.eval()
-    preprocessor = getattr(twin, 'data_preprocessor', None)
-    if getattr(preprocessor, 'batch_augments', None) is not None:
-        preprocessor.batch_augments = None  # they would resize or pad what is probed
-    return twin
+    with contextlib.ExitStack() as stack:
+        try:
+            twin = copy.deepcopy(network, shared)
+        except (RuntimeError, TypeError, NotImplementedError):  # what it keeps of an earlier batch may have a graph
+            twin = stack.enter_context(_restored(network))
+        if initialised and twin is not network:
+            with without_pretrained(), contextlib.suppress(AttributeError, KeyError, TypeError):
+                twin.init_weights()
+        twin.train()
+        for module in twin.modules():
+            if 'BatchNorm' in type(module).__name__:
+                module.eval()
+        preprocessor = getattr(twin, 'data_preprocessor', None)
+        if getattr(preprocessor, 'batch_augments', None) is not None:
+            preprocessor.batch_augments = None  # they would resize or pad what is probed
+        yield twin
+
+
+@contextlib.contextmanager
+def _restored(network: nn.Module) -> Iterator[nn.Module]:
+    """Put back the attributes, modes and buffers of a network afterwards."""
+    kept = [
+        (
+            module,
+            dict(vars(module)),
+            dict(module._modules),
+            {name: (buffer, buffer.clone()) for name, buffer in module._buffers.items() if buffer is not None},
+        )
+        for module in network.modules()
+    ]
+    try:
+        yield network
+    finally:
+        for module, attributes, children, buffers in kept:
+            vars(module).clear()
+            vars(module).update(attributes)
+            module._modules.clear()
+            module._modules.update(children)
+            for name, (buffer, values) in buffers.items():
+                module._buffers[name] = buffer.copy_(values)
 
 
 @contextlib.contextmanager
@@ -237,12 +267,15 @@ def probe_student(
     """
     taps = tuple(dict.fromkeys(taps))
     try:
-        probe = _in_training(_stand_in(student), taps, size, owners or {})
+        with _stand_in(student) as twin:
+            probe = _in_training(twin, taps, size, owners or {})
     except ForwardFailed as err:
         try:
-            probe = _in_training(_stand_in(student, initialised=True), taps, size, owners or {})
+            with _stand_in(student, initialised=True) as twin:
+                probe = _in_training(twin, taps, size, owners or {})
         except ForwardFailed:
-            found = _in_inference(_stand_in(student), taps, size)
+            with _stand_in(student) as twin:
+                found = _in_inference(twin, taps, size)
             if found is None:
                 raise err from None
             probe = found

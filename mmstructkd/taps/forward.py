@@ -200,7 +200,7 @@ def _check_regions(network: nn.Module, capture: Capture, route: str, images: int
             if in_region_head(tap) and tensor.shape[0] != images:
                 raise TapError(
                     f'Tap {str(tap)!r}: a teacher must look at the regions of the student, got a module of '
-                    f'{type(network).__name__} that can only be run on its own. Tap the neck, or its box or mask head.'
+                    f'{type(network).__name__} that can only be run on its own. Tap the neck instead.'
                 )
 
 
