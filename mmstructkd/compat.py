@@ -2,23 +2,25 @@
 
 :func:`install` puts all of them in place. It runs when the distillers are
 imported, and first of all in ``tools/train.py`` and ``tools/test.py``: a config
-with ``mmseg::`` bases is read before any ``custom_imports`` is. All of it may
-run any number of times.
+with ``mmseg::`` bases is read before any ``custom_imports`` is. Where the
+package is merely imported, this module is as soon as there is a runner, and with
+it runs :func:`patch_mmengine`: a plain config that names mmstructkd reads and
+writes as safely. All of it may run any number of times.
 """
 
 from __future__ import annotations
 
 import contextlib
 import contextvars
+import copy
 import functools
-import hashlib
 import os
-import pickle
 import re
 import sys
 import tempfile
-import urllib.error
+import types
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
@@ -26,10 +28,8 @@ from typing import Any
 import mmengine.runner
 import mmengine.runner.checkpoint
 import mmengine.runner.runner
-import numpy as np
 import torch
-from mmcv.ops import RoIAlign
-from mmcv.ops.nms import NMSop
+from mmengine._strategy import BaseStrategy, DDPStrategy, SingleDeviceStrategy
 from mmengine.config import Config
 from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.device import get_device
@@ -38,40 +38,68 @@ from mmengine.fileio import FileClient, LocalBackend, get_file_backend
 from mmengine.fileio.backends import BaseStorageBackend
 from mmengine.fileio.file_client import HardDiskBackend
 from mmengine.hooks import CheckpointHook
-from mmengine.logging import HistoryBuffer
 from mmengine.model import is_model_wrapper
-from mmengine.registry import WEIGHT_INITIALIZERS
-from mmengine.runner import Runner
+from mmengine.optim import OptimWrapper
+from mmengine.registry import MODELS, WEIGHT_INITIALIZERS
+from mmengine.runner import FlexibleRunner, Runner
 from torch import nn
 
-from mmstructkd.errors import CheckpointError, ConfigError, suggest
+from mmstructkd.checkpoints import (
+    IN_CONFIG,
+    allow_plain_types,
+    consented,
+    load_url,
+    local_checkpoint,
+    plain_types,
+    read_file,
+    trusts,
+)
+from mmstructkd.errors import CheckpointError, ConfigError
+from mmstructkd.stream_states import follow
+from mmstructkd.weights import check_place
 
 __all__ = [
+    'advance_training_data',
     'alone',
+    'checkpoint_to_resume',
     'config_at_hand',
     'current_config',
     'install',
-    'local_checkpoint',
     'pad_value',
+    'patch_mmengine',
+    'paths_as_text',
     'prepare_cpu_distributed',
-    'read_checkpoint',
+    'prepare_to_resume',
+    'reseed_workers',
     'swaps_channels',
     'without_pretrained',
 ]
 
 # Marks a function that stands in front of one of mmengine's, so that no second one is put before it.
 _MARK = '_mmstructkd_wraps'
+_ASKS = '_mmstructkd_asks'
+# Set on a runner and on a model that have met.
+_PREPARED = '_mmstructkd_prepared'
 
 
 def install() -> None:
     """Put every work-around of this module in place; again is harmless."""
     map_mmseg_configs()
-    allow_plain_types()
+    patch_mmengine()
+    let_cpu_ops_take_bf16()
+
+
+def patch_mmengine() -> None:
+    """Put those in place that change mmengine alone, for a process that need not have mmcv."""
+    read_safely()
+    ask_config_for_consent()
+    look_before_loading()
     save_atomically()
     remove_after_saving()
+    keep_accumulated_gradients()
     let_models_prepare_runner()
     let_models_see_config()
-    let_cpu_ops_take_bf16()
+    let_configs_hold_paths()
 
 
 # --- configs -------------------------------------------------------------------------------------------------
@@ -121,238 +149,114 @@ def pad_value(preprocessor: nn.Module) -> float:
 # --- reading checkpoints -------------------------------------------------------------------------------------
 
 
-def history_method(owner: Any, name: str) -> Callable:
-    """Stand in for ``getattr`` when a checkpoint is read: statistics of ``HistoryBuffer`` only.
+class _Torch(types.ModuleType):
+    """``torch`` as mmengine's reader of checkpoints sees it: ``load`` runs no code without consent."""
 
-    mmengine's message hub pickles its statistics methods, and Python pickles a
-    method as ``getattr(class, name)``. Allowing the real ``getattr`` would let
-    a file reach any attribute of any allowed object, and so run code.
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
 
-    Args:
-        owner: what the file takes the attribute from.
-        name: the attribute.
+    @staticmethod
+    def load(
+        f: Any, map_location: Any = None, pickle_module: Any = None, *, mmap: bool | None = None, **options: Any
+    ) -> Any:
+        """Read as :func:`~mmstructkd.checkpoints.read_file`; how else to read is not the caller's choice.
 
-    Returns:
-        The method of ``HistoryBuffer``.
+        Args:
+            f: path or open file.
+            map_location: as for ``torch.load``.
+            pickle_module: not used.
+            mmap: as for ``torch.load``.
+            **options: not used; ``weights_only=False`` is among them.
 
-    Raises:
-        pickle.UnpicklingError: it is anything else.
+        Returns:
+            The content.
+        """
+        content = read_file(f, map_location=map_location, mmap=mmap)
+        if _resuming.get() and isinstance(content, dict) and isinstance(content.get('meta'), dict):
+            # mmengine runs the text of a config that mmcv 1.x left there, to compare a number of GPUs.
+            content['meta'].pop('config', None)
+        return content
+
+
+# Whether a runner is about to resume, and so to use more of the file than its weights.
+_resuming: ContextVar[bool] = ContextVar('resuming', default=False)
+# The file that a runner loads, for messages.
+_loading: ContextVar[str] = ContextVar('loading', default='')
+
+
+def read_safely() -> None:
+    """Let mmengine read every checkpoint as :mod:`mmstructkd.checkpoints` does.
+
+    On the onedl line it tries ``weights_only=True`` and falls back, with a
+    warning, to a load that runs what the file says; on the openmmlab line it
+    leaves the choice to torch, whose default before 2.6 is that load; and from
+    an address both read with ``weights_only=False``. All of it goes through
+    this one module: what runners load and resume from, ``init_cfg``,
+    ``pretrained``, and ``init_model`` and the like in the same process. Where
+    files come from stays as it is.
     """
-    if owner is not HistoryBuffer or name not in ('min', 'max', 'mean', 'current'):
-        raise pickle.UnpicklingError(f'GLOBAL getattr was not an allowed global by default. ({owner!r}, {name!r})')
-    return getattr(HistoryBuffer, name)
-
-
-def plain_types() -> list:
-    """Return what checkpoints of mmengine hold besides tensors, for ``weights_only=True``.
-
-    The message hub's buffers, and numpy arrays, scalars and dtypes, under the
-    module names of numpy 1 and of numpy 2. Nothing among it runs code.
-
-    Returns:
-        The entries for ``torch.serialization.add_safe_globals``.
-    """
-    # Under its old name numpy 2 warns; under its new one numpy 1 has none.
-    multiarray = np._core.multiarray if hasattr(np, '_core') else np.core.multiarray
-    numpy_functions = [
-        (function, f'numpy.{core}.multiarray.{function.__name__}')
-        for function in (multiarray._reconstruct, multiarray.scalar)
-        for core in ('core', '_core')
-    ]
-    kinds = ['bool', 'int8', 'int16', 'int32', 'int64', 'uint8', 'uint16', 'uint32', 'uint64']
-    kinds += ['float16', 'float32', 'float64', 'str', 'bytes']
-    dtypes = list(dict.fromkeys(type(np.dtype(kind)) for kind in kinds))
-    return [
-        HistoryBuffer,
-        (history_method, 'builtins.getattr'),
-        np.ndarray,
-        np.dtype,
-        slice,
-        *dtypes,
-        *numpy_functions,
-    ]
-
-
-def allow_plain_types() -> None:
-    """Let mmengine resume from its own checkpoints with ``weights_only=True``.
-
-    From torch 2.6 on that is the default. The openmmlab line then refuses its
-    message hub; the onedl line allows ``getattr`` for it, and for anything else
-    it meets it falls back, silently, to a load that runs what the file says.
-    With :func:`plain_types` allowed neither happens for a checkpoint of ours.
-    """
-    torch.serialization.add_safe_globals(plain_types())
-    if hasattr(mmengine.runner.checkpoint, 'get_torch_safe_globals'):
-        mmengine.runner.checkpoint.get_torch_safe_globals = plain_types
-
-
-def read_checkpoint(path: str | os.PathLike, *, trust: bool = False, map_location: Any = 'cpu') -> dict:
-    """Read a checkpoint without running what it may contain.
-
-    Args:
-        path: see :func:`local_checkpoint`.
-        trust: read a file that needs more than plain types; this runs whatever
-            code the file holds.
-        map_location: where tensors go, as for ``torch.load``.
-
-    Returns:
-        The content.
-
-    Raises:
-        CheckpointError: there is no such file; it is truncated, no checkpoint,
-            or a pointer of Git LFS; it needs a class or function that is not
-            allowed (named in the message); it holds something else than a dict.
-    """
-    file = local_checkpoint(path)
-    _check_looks_whole(file)
     allow_plain_types()
-    try:
-        content = torch.load(file, map_location=map_location, weights_only=not trust)
-    except pickle.UnpicklingError as err:
-        raise CheckpointError(_refusal(file, str(err), trust)) from err
-    except Exception as err:
-        # Damage shows in as many ways as there are places in a file: from here on it is all one error.
-        reason = (str(err).strip().splitlines() or [type(err).__name__])[0]
-        raise CheckpointError(
-            f'read_checkpoint: {str(file)!r} must be a whole checkpoint of torch, got one that cannot be read '
-            f'({type(err).__name__}: {reason}). It is truncated or damaged; copy or download it again.'
-        ) from err
-    if not isinstance(content, dict):
-        raise CheckpointError(
-            f'read_checkpoint: {str(file)!r} must hold a dict of weights, got {type(content).__name__}. '
-            'Save `model.state_dict()`, not the model itself.'
-        )
-    return content
+    module = mmengine.runner.checkpoint
+    if not isinstance(module.torch, _Torch):
+        module.torch = _Torch('torch')
+        module.load_url = load_url
+    if hasattr(module, 'get_torch_safe_globals'):
+        # Its list has getattr on it, which reaches any attribute of what is allowed.
+        module.get_torch_safe_globals = plain_types
 
 
-def _check_looks_whole(file: str) -> None:
-    """Raise the errors that a look at the first bytes can name better than torch."""
-    with open(file, 'rb') as stream:
-        head = stream.read(64)
-    if not head:
-        raise CheckpointError(f'read_checkpoint: {file!r} must be a checkpoint, got an empty file. Download it again.')
-    if head.startswith(b'version https://git-lfs.github.com/spec/'):
-        raise CheckpointError(
-            f'read_checkpoint: {file!r} must be a checkpoint, got a pointer of Git LFS. Run `git lfs pull` beside it.'
-        )
-    if head.lstrip()[:1] == b'<':
-        raise CheckpointError(
-            f'read_checkpoint: {file!r} must be a checkpoint, got a web page. The address leads to a page; '
-            'use the one of the file itself.'
-        )
-    # A zip archive (torch >= 1.6), a pickle of protocol 2 or later (before that), or a tar archive (before 0.1.10).
-    if not (head.startswith((b'PK\x03\x04', b'\x80')) or head[:60].rstrip(b'\0').startswith(b'sys_info')):
-        raise CheckpointError(
-            f'read_checkpoint: {file!r} must be a checkpoint of torch, got a file that begins with {head[:16]!r}. '
-            'Give the .pth file that training wrote.'
-        )
+def ask_config_for_consent() -> None:
+    """Let ``trust_checkpoint=True`` at the top of a config hold for what its runner reads, and for nothing else.
 
-
-def _refusal(file: str, reason: str, trust: bool) -> str:
-    """Say what a refused file asked for."""
-    asked = re.search(r'GLOBAL (\S+)', reason)
-    if asked is None or trust:
-        detail = reason.split('WeightsUnpickler error:')[-1].strip().splitlines()
-        return (
-            f'read_checkpoint: {file!r} must be a whole checkpoint of torch, got one that cannot be read '
-            f'({detail[0] if detail else "a damaged pickle"}). It is damaged, or needs more than weights; '
-            'download it again, or save only its `state_dict`.'
-        )
-    return (
-        f'read_checkpoint: {file!r} must hold weights and plain values only, got one that needs {asked[1]!r}, '
-        'which could run code. If you know who made it, read it with trust_checkpoint=True; '
-        'better, save only its `state_dict` in a new file.'
-    )
-
-
-def local_checkpoint(path: str | os.PathLike) -> str:
-    """Return the local file of a checkpoint, after downloading it where needed.
-
-    Names of the model zoos come from mmengine's own tables. A download appears
-    under its final name only when it is whole; the file is kept in torch's hub
-    folder, which mmengine uses as well. Each process of a distributed run may
-    download for itself.
-
-    Args:
-        path: local path (``~`` allowed), ``http(s)://``, ``file://``,
-            ``open-mmlab://name`` or ``torchvision://name``.
-
-    Returns:
-        Path of a file that exists.
-
-    Raises:
-        CheckpointError: there is no such file or name, or it cannot be fetched.
+    The runner reads while it builds its model, while it initialises, loads or
+    resumes; a second runner in the process has its own config.
     """
-    name = os.fspath(path)
-    scheme, separator, rest = name.partition('://')
-    if not separator or len(scheme) == 1:
-        return _existing(name)
-    if scheme in ('open-mmlab', 'openmmlab'):
-        table = mmengine.runner.checkpoint.get_external_models()
-        rest = mmengine.runner.checkpoint.get_deprecated_model_names().get(rest, rest)
-        target = _look_up(name, rest, table)
-        home = mmengine.runner.checkpoint._get_mmengine_home()
-        # The user's own table in that folder may name files beside it.
-        return _download(target) if '://' in target else _existing(os.path.join(home, target))
-    if scheme in ('torchvision', 'modelzoo'):
-        return _download(_look_up(name, rest, _torchvision_models()))
-    if scheme in ('http', 'https', 'file'):
-        return _download(name)
-    raise CheckpointError(
-        f'local_checkpoint: `path` must be a file, an http(s) address, open-mmlab://NAME or torchvision://NAME, '
-        f'got {name!r}. Download it and give the path.'
-    )
+    for runner in (Runner, FlexibleRunner):
+        for name in ('__init__', 'train', 'val', 'test', 'load_or_resume', 'load_checkpoint', 'resume'):
+            original = getattr(runner, name)
+            if not hasattr(original, _ASKS):
+                setattr(runner, name, _with_consent(original))
 
 
-def _existing(name: str) -> str:
-    path = Path(name).expanduser()
-    if path.is_dir():
-        raise CheckpointError(
-            f'local_checkpoint: `path` must be a file, got the folder {name!r}. Name the checkpoint in it.'
-        )
-    if not path.is_file():
-        beside = sorted(p.name for p in path.parent.glob('*.pth')) if path.parent.is_dir() else []
-        hint = suggest(path.name, beside) if beside else 'There is no .pth file in that folder.'
-        raise CheckpointError(f'local_checkpoint: `path` must be a file that exists, got {name!r}. {hint}')
-    return str(path)
+def _with_consent(original: Callable) -> Callable:
+    building, resumes = original.__name__ == '__init__', original.__name__ == 'resume'
+    loads = original.__name__ == 'load_checkpoint'
 
-
-def _look_up(name: str, key: str, table: dict[str, str]) -> str:
-    if key not in table:
-        raise CheckpointError(
-            f"local_checkpoint: `path` must name a model of mmengine's table, got {name!r}. {suggest(key, table)}"
-        )
-    return table[key]
-
-
-def _torchvision_models() -> dict[str, str]:
-    try:
-        return mmengine.runner.checkpoint.get_torchvision_models()
-    except ImportError:
-        # There is no build of torchvision for every torch; the table of its release 0.12 comes with mmengine.
-        return mmengine.load(str(Path(mmengine.__file__).parent / 'hub' / 'torchvision_0.12.json'))
-
-
-def _download(url: str) -> str:
-    file_name = url.split('?')[0].rstrip('/').rsplit('/', 1)[-1]
-    if not re.search(r'-[0-9a-f]{8,}\.\w+$', file_name):
-        # Only a name with a hash in it stands for one content: every other is kept apart by its address.
-        file_name = f'{hashlib.sha256(url.encode()).hexdigest()[:12]}-{file_name}'
-    target = Path(torch.hub.get_dir(), 'checkpoints', file_name)
-    if not target.is_file():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        part = _beside(target)
+    @functools.wraps(original)
+    def method(self: Runner, *args: Any, **kwargs: Any) -> Any:
+        cfg = kwargs.get('cfg') if building else self.cfg
+        file = str(args[0] if args else kwargs.get('filename')) if loads else _loading.get()
+        tokens = _resuming.set(resumes or _resuming.get()), _loading.set(file)
         try:
-            torch.hub.download_url_to_file(url, str(part), progress=os.isatty(2))
-            part.replace(target)
-        except (urllib.error.URLError, OSError, ValueError) as err:
-            raise CheckpointError(
-                f'local_checkpoint: {url!r} must be reachable, got {type(err).__name__}: {err}. '
-                'Download it elsewhere and give the path.'
-            ) from err
+            with consented(trusts(cfg or {}), IN_CONFIG):
+                return original(self, *args, **kwargs)
         finally:
-            part.unlink(missing_ok=True)
-    return str(target)
+            _resuming.reset(tokens[0])
+            _loading.reset(tokens[1])
+
+    setattr(method, _ASKS, original)
+    return method
+
+
+def look_before_loading() -> None:
+    """Stop a runner whose checkpoint has all of the model's weights in another place.
+
+    A runner loads leniently: of a checkpoint of SoftTeacher, mmrazor or
+    Lightning, whose keys have a prefix, it loads nothing, warns with all keys, and
+    trains or tests a model of random weights.
+    """
+    module = mmengine.runner.runner
+    original = module._load_checkpoint_to_model
+    if hasattr(original, _MARK):
+        return
+
+    @functools.wraps(original)
+    def load(model: nn.Module, checkpoint: Any, *args: Any, **kwargs: Any) -> Any:
+        check_place(checkpoint, model.state_dict(), 'load_checkpoint', _loading.get())
+        return original(model, checkpoint, *args, **kwargs)
+
+    setattr(load, _MARK, original)
+    module._load_checkpoint_to_model = load
 
 
 # --- writing checkpoints -------------------------------------------------------------------------------------
@@ -450,10 +354,15 @@ class _RemoveLater:
 
 
 def remove_after_saving() -> None:
-    """Let ``CheckpointHook`` drop old checkpoints after the new one is written.
+    """Let ``CheckpointHook`` drop old checkpoints after the new one is written, and ask all processes beforehand.
 
     With ``max_keep_ckpts=1``, and for each new best checkpoint, it removes the
     old file first: a crash while the new one is written would leave none.
+
+    ``Runner.save_checkpoint`` runs in the first process alone, and so does
+    ``before_save_checkpoint``: no hook can collect what the others hold. These
+    methods run in all of them, and call ``before_checkpoint`` of the hooks that
+    have it.
     """
     for name in ('_save_checkpoint_with_step', '_save_best_checkpoint'):
         original = getattr(CheckpointHook, name, None)
@@ -463,11 +372,16 @@ def remove_after_saving() -> None:
 
 def _removing_later(original: Callable) -> Callable:
     @functools.wraps(original)
-    def method(self: CheckpointHook, *args: Any, **kwargs: Any) -> None:
-        backend = self.file_backend
+    def method(self: CheckpointHook, runner: Any, *args: Any, **kwargs: Any) -> None:
+        if self.save_best or original.__name__ != '_save_best_checkpoint':
+            runner.call_hook('before_checkpoint')
+        backend = getattr(self, 'file_backend', None)
+        if backend is None:  # of a validation alone, which saves nothing: the hook gets it when a training begins
+            original(self, runner, *args, **kwargs)
+            return
         later = self.file_backend = _RemoveLater(backend)
         try:
-            original(self, *args, **kwargs)
+            original(self, runner, *args, **kwargs)
         finally:
             self.file_backend = backend
         # One step may be saved twice under one name; what stands there now is new.
@@ -479,7 +393,224 @@ def _removing_later(original: Callable) -> Callable:
     return method
 
 
+# --- resuming ------------------------------------------------------------------------------------------------
+
+
+def checkpoint_to_resume(work_dir: str | os.PathLike, load_from: str | os.PathLike | None = None) -> str | None:
+    """Return the checkpoint from which a run is resumed.
+
+    mmengine opens whatever ``last_checkpoint`` says, an empty name included,
+    and begins anew where that file is absent, over the checkpoints of before.
+
+    Args:
+        work_dir: folder of the run.
+        load_from: the checkpoint that was asked for; ``None``: the latest of
+            the folder.
+
+    Returns:
+        Its path or address; ``None`` where the folder has no checkpoint yet.
+
+    Raises:
+        CheckpointError: the file is not there; ``last_checkpoint`` is empty or
+            names something else than a file; or it is absent beside checkpoints.
+    """
+    if load_from is not None:
+        name = os.fspath(load_from)
+        return name if '://' in name else local_checkpoint(name)
+    folder = Path(work_dir)
+    record = folder / 'last_checkpoint'
+    there = sorted(
+        (path for path in folder.glob('*.pth') if re.fullmatch(r'(iter|epoch)_\d+', path.stem)),
+        key=lambda path: path.stat().st_mtime,
+    )
+    way_out = (
+        f'The newest one there is {there[-1].name}: resume with --resume {there[-1]} (resume=True, load_from=...).'
+        if there
+        else 'There is none to resume from; without --resume the training begins anew.'
+    )
+    if not record.exists():
+        if there:
+            raise CheckpointError(
+                f'checkpoint_to_resume: {str(folder)!r} must have a file `last_checkpoint`, '
+                f'got checkpoints without it. {way_out} Another work-dir begins anew.'
+            )
+        return None
+    try:
+        name = record.read_text(encoding='utf-8').strip()
+    except (OSError, UnicodeDecodeError) as err:
+        name, problem = '', f'one that cannot be read ({type(err).__name__})'
+    else:
+        problem = f'{name[:200]!r}, which is not there' if name else 'an empty one'
+    # os.path, unlike pathlib, takes any text for a name.
+    if os.path.isdir(name):  # noqa: PTH112
+        problem = f'the folder {name!r}'
+    elif name and ('://' in name or os.path.isfile(name)):  # noqa: PTH113
+        return name
+    raise CheckpointError(f'checkpoint_to_resume: {str(record)!r} must name a checkpoint, got {problem}. {way_out}')
+
+
+def prepare_to_resume(runner: Any) -> None:
+    """Let a run be resumed exactly: look for its checkpoint, and let the training data know where they stand.
+
+    Args:
+        runner: a runner that has built no loop yet. Where it is to resume the
+            latest checkpoint and there is none yet, it begins anew and says so;
+            mmengine says then that it resumed.
+
+    Raises:
+        CheckpointError: see :func:`checkpoint_to_resume`.
+    """
+    if runner._resume:
+        asked = runner._resume if isinstance(runner._resume, str) else runner._load_from
+        if checkpoint_to_resume(runner.work_dir, asked) is None:
+            runner.logger.warning(f'There is no checkpoint in {runner.work_dir!r} to resume from: the training begins.')
+            runner._resume = False
+    build, deferred = runner.build_dataloader, bool(runner._resume)
+
+    def build_dataloader(dataloader: Any, *args: Any, **kwargs: Any) -> Any:
+        loader = build(dataloader, *args, **kwargs)
+        return follow(loader, deferred=deferred) if dataloader is runner._train_dataloader else loader
+
+    runner.build_dataloader = build_dataloader
+
+
+class _Advanced:
+    """The iterator of an ``IterBasedTrainLoop`` that is brought to its place in another way than mmengine's.
+
+    Args:
+        batches: mmengine's own iterator.
+        steps: how many batches the loop leaves out.
+        advance: gets ``batches`` and brings it there.
+    """
+
+    def __init__(self, batches: Any, steps: int, advance: Callable[[Any], None]) -> None:
+        self._batches, self._advance = batches, advance
+        # The onedl line calls `skip_iter`; the openmmlab line takes that many batches and drops them.
+        self._left = 0 if hasattr(batches, 'skip_iter') else steps
+        self._steps = self._left
+
+    def __iter__(self) -> _Advanced:
+        return self
+
+    def __next__(self) -> Any:
+        if not self._left:
+            return next(self._batches)
+        if self._left == self._steps:
+            self._advance(self._batches)
+        self._left -= 1
+        return None
+
+    def skip_iter(self, num_iters: int) -> None:
+        """Bring it there, on the onedl line."""
+        self._advance(self._batches)
+
+
+def advance_training_data(loop: Any, advance: Callable[[Any], None]) -> None:
+    """Go on with the data of a resumed iteration-based loop in another way than mmengine's.
+
+    mmengine takes and drops all batches of before (openmmlab line), or leaves
+    out their indices, so that workers draw other random numbers (onedl line).
+
+    Args:
+        loop: an ``IterBasedTrainLoop`` that was resumed and not run yet.
+        advance: gets the iterator and brings it to where the run goes on.
+    """
+    loop.dataloader_iterator = _Advanced(loop.dataloader_iterator, loop.iter, advance)
+
+
+def reseed_workers(loader: Any, seed: int | None) -> None:
+    """Let the workers of a loader be seeded from another seed.
+
+    mmengine builds the dataloader before it reads the checkpoint's seed.
+
+    Args:
+        loader: a ``DataLoader`` that mmengine built.
+        seed: the runner's seed.
+    """
+    seeding = getattr(loader, 'worker_init_fn', None)
+    if isinstance(seeding, functools.partial) and 'seed' in seeding.keywords and seed is not None:
+        loader.worker_init_fn = functools.partial(seeding.func, *seeding.args, **{**seeding.keywords, 'seed': seed})
+
+
+def keep_accumulated_gradients() -> None:
+    """Let an optim wrapper go on within a window of accumulation where the gradients so far were restored.
+
+    mmengine says that they are lost, whatever is in ``.grad``. Who restores
+    them sets ``gradients_kept`` on the wrapper.
+    """
+    original = OptimWrapper.initialize_count_status
+    if hasattr(original, _MARK):
+        return
+
+    @functools.wraps(original)
+    def initialize_count_status(self: OptimWrapper, model: nn.Module, init_counts: int, max_counts: int) -> None:
+        if not getattr(self, 'gradients_kept', False):
+            original(self, model, init_counts, max_counts)
+            return
+        original(self, model, init_counts - init_counts % self._accumulative_counts, max_counts)
+        self._inner_count = init_counts
+
+    setattr(initialize_count_status, _MARK, original)
+    OptimWrapper.initialize_count_status = initialize_count_status
+
+
 # --- running -------------------------------------------------------------------------------------------------
+
+
+def let_configs_hold_paths() -> None:
+    """Let a config of a run hold ``pathlib.Path``.
+
+    mmengine writes it as ``/a/b`` without quotes and then cannot read what it wrote.
+    """
+    for runner in (Runner, FlexibleRunner):
+        original = runner.from_cfg.__func__
+        if not hasattr(original, _MARK):
+            runner.from_cfg = classmethod(_with_paths_as_text(original))
+
+
+def _with_paths_as_text(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def from_cfg(cls: type, cfg: Any) -> Any:
+        return original(cls, paths_as_text(cfg))
+
+    setattr(from_cfg, _MARK, original)
+    return from_cfg
+
+
+def paths_as_text(config: Any) -> Any:
+    """Return a config in which every ``pathlib.Path`` is its text.
+
+    Args:
+        config: a config, or a part of one.
+
+    Returns:
+        The same object where there is none in it, else a copy.
+    """
+    holder = config._cfg_dict if isinstance(config, Config) else config
+    if not _holds_path(holder):
+        return config
+    twin = copy.deepcopy(config)
+    _replace_paths(twin._cfg_dict if isinstance(twin, Config) else twin)
+    return twin
+
+
+def _holds_path(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(map(_holds_path, value.values()))
+    if isinstance(value, (list, tuple)):
+        return any(map(_holds_path, value))
+    return isinstance(value, os.PathLike)
+
+
+def _replace_paths(value: Any) -> Any:
+    if isinstance(value, dict):
+        for key in value:
+            value[key] = _replace_paths(value[key])
+    elif isinstance(value, list):
+        value[:] = map(_replace_paths, value)
+    elif type(value) is tuple:
+        value = tuple(map(_replace_paths, value))
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def let_models_prepare_runner() -> None:
@@ -487,7 +618,8 @@ def let_models_prepare_runner() -> None:
 
     mmengine gives a model no way to ask for hooks. A distiller needs them to
     keep what it promises, also where a config of the user's names nothing but
-    ``custom_imports``.
+    ``custom_imports``. ``FlexibleRunner`` builds its model within ``train``, so
+    that a model with this method is built just before.
     """
     original = Runner.register_hooks
     if hasattr(original, _MARK):
@@ -496,14 +628,58 @@ def let_models_prepare_runner() -> None:
     @functools.wraps(original)
     def register_hooks(self: Runner, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
-        model = self.model.module if is_model_wrapper(self.model) else self.model
-        prepare = getattr(model, 'prepare_runner', None)
-        if callable(prepare) and not getattr(self, '_mmstructkd_prepared', False):
-            self._mmstructkd_prepared = True
-            prepare(self)
+        _prepare(self)
 
-    setattr(register_hooks, _MARK, original)
-    Runner.register_hooks = register_hooks
+    plain_train, build_wrapper = FlexibleRunner.train, BaseStrategy.build_optim_wrapper
+
+    @functools.wraps(plain_train)
+    def train(self: FlexibleRunner) -> nn.Module:
+        kind = self.model.get('type') if isinstance(self.model, dict) else type(self.model)
+        if hasattr(MODELS.get(kind) if isinstance(kind, str) else kind, 'prepare_runner'):
+            _check_strategy(self.strategy)
+            with config_at_hand(self.cfg):
+                self.model = self.strategy.build_model(self.model)
+            _prepare(self)
+        return plain_train(self)
+
+    @functools.wraps(build_wrapper)
+    def build_optim_wrapper(self: BaseStrategy, optim_wrapper: Any, model: nn.Module | None = None) -> Any:
+        inner = model.module if model is not None and is_model_wrapper(model) else model
+        if hasattr(inner, 'prepare_runner') and not getattr(inner, _PREPARED, False):
+            raise ConfigError(
+                f'{type(inner).__name__}: `runner_type` must be prepared for it, got a FlexibleRunner that was started '
+                'before mmstructkd was imported. Start it with tools/train.py, or leave runner_type out.'
+            )
+        return build_wrapper(self, optim_wrapper, model)
+
+    for owner, method, replaced in (
+        (Runner, register_hooks, original),
+        (FlexibleRunner, train, plain_train),
+        (BaseStrategy, build_optim_wrapper, build_wrapper),
+    ):
+        setattr(method, _MARK, replaced)
+        setattr(owner, replaced.__name__, method)
+
+
+def _prepare(runner: Any) -> None:
+    """Let the model of a runner prepare it, once."""
+    model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+    prepare = getattr(model, 'prepare_runner', None)
+    if callable(prepare) and not getattr(runner, _PREPARED, False):
+        setattr(runner, _PREPARED, True)
+        prepare(runner)
+        # Not through Module.__setattr__: a model may have its own.
+        object.__setattr__(model, _PREPARED, True)
+
+
+def _check_strategy(strategy: BaseStrategy) -> None:
+    """Refuse strategies that write checkpoints in ways of their own."""
+    if type(strategy) not in (SingleDeviceStrategy, DDPStrategy):
+        raise ConfigError(
+            f"StructuredDistiller: `strategy` must be 'SingleDeviceStrategy' or 'DDPStrategy', got "
+            f'{type(strategy).__name__!r}, which shards the model or writes checkpoints that are not the student. '
+            'Use one of these, or leave runner_type out.'
+        )
 
 
 _CONFIG: contextvars.ContextVar[Any] = contextvars.ContextVar('config', default=None)
@@ -558,6 +734,9 @@ def let_cpu_ops_take_bf16() -> None:
     found BFloat16``). RoIAlign's result has the dtype of its input; CUDA is
     left alone.
     """
+    from mmcv.ops import RoIAlign
+    from mmcv.ops.nms import NMSop
+
     pool, suppress = RoIAlign.forward, NMSop.forward
     if hasattr(pool, _MARK):
         return
@@ -618,7 +797,9 @@ def prepare_cpu_distributed(cfg: Config, launcher: str) -> None:
         )
     if not is_distributed():
         torch.distributed.init_process_group('gloo')
-    wrapper = dict(cfg.get('model_wrapper_cfg') or {})
+    flexible = cfg.get('runner_type') == 'FlexibleRunner'
+    settings = cfg.get('strategy') or {}
+    wrapper = dict((settings.get('model_wrapper') if flexible else cfg.get('model_wrapper_cfg')) or {})
     if not wrapper:
         # What mmengine passes when it is given no config of the wrapper; DDP's own defaults differ.
         wrapper = {
@@ -627,7 +808,10 @@ def prepare_cpu_distributed(cfg: Config, launcher: str) -> None:
             'find_unused_parameters': cfg.get('find_unused_parameters', False),
         }
     wrapper.setdefault('device_ids', None)
-    cfg.model_wrapper_cfg = wrapper
+    if flexible:
+        cfg.strategy = {'type': 'DDPStrategy', **settings, 'model_wrapper': wrapper}
+    else:
+        cfg.model_wrapper_cfg = wrapper
 
 
 @contextlib.contextmanager
@@ -697,3 +881,6 @@ def without_pretrained() -> Iterator[None]:
             kind.__call__ = call
         loader.load_checkpoint = read
         torch.hub.load_state_dict_from_url = fetch
+
+
+patch_mmengine()  # see the package's own docstring: who imports it gets the promises that concern mmengine alone

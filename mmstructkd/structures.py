@@ -18,8 +18,9 @@ class Targets:
     Attributes:
         labels: class of each pixel, int64, shape (B, H, W); ``ignore_index``
             where nothing is known.
-        valid: pixels that count, bool, shape (B, H, W): inside the image (not
-            padding) and, where there are labels, not ignored.
+        valid: pixels that count, bool, shape (B, H, W), whatever a loss computes;
+            ``None``: all. As a batch is collected: inside the image and
+            labelled, that is not ignored (for depth: with a reading).
         ignore_index: the label that marks pixels which do not count.
         num_classes: number of classes of the student's task.
         images: the student's normalised input, shape (B, 3, H, W).
@@ -27,6 +28,9 @@ class Targets:
         boxes: one tensor an image, shape (n_i, 4), ``xyxy`` in pixels of the input.
         box_labels: one tensor an image, int64, shape (n_i,).
         depth: metres, shape (B, H, W); 0 where there is no reading.
+        inside: pixels inside the image, labelled or not, bool, shape (B, H, W);
+            ``None``: nothing is padding. A term puts them in the place of
+            ``valid`` where its loss counts unlabelled pixels.
     """
 
     labels: Tensor | None = None
@@ -38,3 +42,4 @@ class Targets:
     boxes: tuple[Tensor, ...] | None = None
     box_labels: tuple[Tensor, ...] | None = None
     depth: Tensor | None = None
+    inside: Tensor | None = None

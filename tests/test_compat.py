@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-import collections
-import functools
-import http.server
-import io
 import os
-import pickle
 import socket
 import stat
 import subprocess
 import sys
-import threading
-import types
 import uuid
-import zipfile
 from pathlib import Path
 
 import mmengine.runner
 import mmengine.runner.checkpoint
 import mmengine.runner.runner
-import numpy as np
 import pytest
 import torch
 from mmcv.ops import RoIAlign, nms
@@ -33,7 +24,6 @@ from mmengine.fileio import LocalBackend, register_backend
 from mmengine.fileio.backends import BaseStorageBackend
 from mmengine.fileio.backends.registry_utils import backends
 from mmengine.hooks import CheckpointHook
-from mmengine.logging import HistoryBuffer
 from mmengine.model import BaseModel, ImgDataPreprocessor
 from mmengine.registry import MODEL_WRAPPERS
 from mmengine.runner import Runner
@@ -42,7 +32,8 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from mmstructkd import compat
-from mmstructkd.errors import CheckpointError, ConfigError
+from mmstructkd.checkpoints import read_checkpoint
+from mmstructkd.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
 compat.install()
@@ -167,254 +158,6 @@ def test_preprocessor_is_read_on_both_lines(package, bgr_to_rgb):
     assert compat.pad_value(preprocessor) == 7
 
 
-# --- reading -------------------------------------------------------------------------------------------------
-
-
-def test_checkpoint_of_mmengine_reads_without_running_code(trained):
-    path = trained / 'iter_2.pth'
-    content = compat.read_checkpoint(path)
-    plain = torch.load(path, weights_only=False)
-    assert content.keys() == plain.keys() >= {'meta', 'state_dict', 'message_hub', 'optimizer', 'ema_state_dict'}
-    buffer = content['message_hub']['log_scalars']['train/loss']
-    assert isinstance(buffer, HistoryBuffer)
-    np.testing.assert_array_equal(buffer.data[0], plain['message_hub']['log_scalars']['train/loss'].data[0])
-    assert buffer.statistics('mean') == buffer.data[0].mean()
-
-
-def test_resume_never_loads_unsafely(trained, tmp_path, monkeypatch):
-    modes = []
-    load = torch.load
-
-    @functools.wraps(load)
-    def watched(*args, **kwargs):
-        modes.append(kwargs.get('weights_only'))
-        return load(*args, **kwargs)
-
-    monkeypatch.setattr(torch, 'load', watched)
-    runner = toy_runner(tmp_path, iters=3, load_from=str(trained / 'iter_2.pth'), resume=True)
-    runner.train()
-    assert runner.iter == 3
-    assert modes
-    assert False not in modes  # None is torch's own default, which is True from 2.6 on
-
-
-def test_mmengine_no_longer_allows_getattr(tmp_path):
-    assert all(getattr is not (entry[0] if isinstance(entry, tuple) else entry) for entry in compat.plain_types())
-    if hasattr(mmengine.runner.checkpoint, 'get_torch_safe_globals'):
-        assert getattr not in mmengine.runner.checkpoint.get_torch_safe_globals()
-
-
-@pytest.mark.parametrize(
-    'value',
-    [np.float64(1.5), np.int64(3), np.bool_(True), np.arange(3), np.arange(3, dtype='uint8'), np.zeros(2, 'float16')],
-)
-def test_plain_numpy_values_are_read(tmp_path, value):
-    torch.save({'meta': value}, tmp_path / 'a.pth')
-    read = compat.read_checkpoint(tmp_path / 'a.pth')['meta']
-    assert type(read) is type(value)
-    np.testing.assert_array_equal(read, value)
-
-
-def test_files_of_the_other_numpy_are_read(tmp_path):
-    torch.save({'meta': np.arange(3), 'scalar': np.float64(2)}, tmp_path / 'a.pth')
-    names = (b'numpy._core.', b'numpy.core.')
-    old, new = names if int(np.__version__.split('.')[0]) >= 2 else names[::-1]
-    with zipfile.ZipFile(tmp_path / 'a.pth') as source, zipfile.ZipFile(tmp_path / 'b.pth', 'w') as target:
-        for name in source.namelist():
-            content = source.read(name)
-            if name.endswith('data.pkl'):
-                assert old in content
-                content = content.replace(old, new)
-            target.writestr(name, content)
-    read = compat.read_checkpoint(tmp_path / 'b.pth')
-    assert read['meta'].tolist() == [0, 1, 2]
-    assert read['scalar'] == 2
-
-
-@pytest.mark.parametrize(
-    ('function', 'named'), [(os.system, 'system'), (eval, 'eval'), (subprocess.check_call, 'check')]
-)
-def test_file_that_would_run_code_is_refused_by_name(tmp_path, function, named):
-    path = malicious(tmp_path / 'marker', tmp_path / 'bad.pth', function)
-    with pytest.raises(CheckpointError, match=rf'bad\.pth.*needs .*{named}.*trust_checkpoint=True'):
-        compat.read_checkpoint(path)
-    assert not (tmp_path / 'marker').exists()
-
-
-def test_file_of_an_old_torch_that_would_run_code_is_refused(tmp_path):
-    class Attack:
-        def __reduce__(self):
-            return os.system, (f'touch {tmp_path / "marker"}',)
-
-    torch.save({'meta': Attack()}, tmp_path / 'bad.pth', _use_new_zipfile_serialization=False)
-    with pytest.raises(CheckpointError, match='system'):
-        compat.read_checkpoint(tmp_path / 'bad.pth')
-    assert not (tmp_path / 'marker').exists()
-
-
-def test_getattr_reaches_nothing_but_the_statistics(tmp_path):
-    class Attack:
-        def __reduce__(self):
-            return getattr, (np.ndarray, 'tofile')
-
-    torch.save({'meta': Attack()}, tmp_path / 'bad.pth')
-    with pytest.raises(CheckpointError, match='getattr'):
-        compat.read_checkpoint(tmp_path / 'bad.pth')
-    with pytest.raises(pickle.UnpicklingError):
-        compat.history_method(HistoryBuffer, '__init__')
-    with pytest.raises(pickle.UnpicklingError):
-        compat.history_method(np.ndarray, 'min')
-    assert compat.history_method(HistoryBuffer, 'min') is HistoryBuffer.min
-
-
-def test_trust_reads_what_is_refused_otherwise(tmp_path):
-    torch.save({'meta': types.SimpleNamespace(a=1)}, tmp_path / 'a.pth')
-    with pytest.raises(CheckpointError, match='SimpleNamespace'):
-        compat.read_checkpoint(tmp_path / 'a.pth')
-    assert compat.read_checkpoint(tmp_path / 'a.pth', trust=True)['meta'].a == 1
-
-
-def whole(path: Path) -> bytes:
-    buffer = io.BytesIO()
-    torch.save({'state_dict': {'w': torch.arange(1000.0)}}, buffer)
-    return buffer.getvalue()
-
-
-@pytest.mark.parametrize(
-    ('content', 'message'),
-    [
-        (b'', 'empty file'),
-        (b'version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n', 'git lfs pull'),
-        (b'<!DOCTYPE html><html>not found</html>', 'web page'),
-        (b'lr: 0.1\n', "begins with b'lr: 0.1"),
-        (b'PK\x03\x04' + bytes(100), 'truncated or damaged'),
-        (b'\x80\x02', 'cannot be read'),
-        (b'\x80\x02garbage', 'cannot be read'),
-    ],
-)
-@pytest.mark.parametrize('trust', [False, True])
-def test_what_is_no_checkpoint_is_named(tmp_path, content, message, trust):
-    (tmp_path / 'a.pth').write_bytes(content)
-    with pytest.raises(CheckpointError, match=message) as caught:
-        compat.read_checkpoint(tmp_path / 'a.pth', trust=trust)
-    assert str(tmp_path / 'a.pth') in str(caught.value)
-
-
-@pytest.mark.parametrize('legacy', [False, True])
-@pytest.mark.parametrize('part', [0.1, 0.5, 0.99])
-def test_truncated_checkpoint_is_an_error(tmp_path, part, legacy):
-    buffer = io.BytesIO()
-    torch.save({'w': torch.arange(1000.0)}, buffer, _use_new_zipfile_serialization=not legacy)
-    (tmp_path / 'a.pth').write_bytes(buffer.getvalue()[: int(len(buffer.getvalue()) * part)])
-    with pytest.raises(CheckpointError, match='cannot be read'):
-        compat.read_checkpoint(tmp_path / 'a.pth')
-
-
-def test_old_format_is_read(tmp_path):
-    torch.save({'w': torch.ones(2)}, tmp_path / 'a.pth', _use_new_zipfile_serialization=False)
-    assert compat.read_checkpoint(tmp_path / 'a.pth')['w'].tolist() == [1, 1]
-
-
-def test_other_content_than_a_dict_is_an_error(tmp_path):
-    torch.save([torch.ones(1)], tmp_path / 'a.pth')
-    with pytest.raises(CheckpointError, match='must hold a dict of weights, got list'):
-        compat.read_checkpoint(tmp_path / 'a.pth')
-    torch.save(collections.OrderedDict(w=torch.ones(1)), tmp_path / 'a.pth')
-    assert list(compat.read_checkpoint(tmp_path / 'a.pth')) == ['w']
-
-
-def test_missing_file_names_what_is_near(tmp_path):
-    torch.save({}, tmp_path / 'teacher_r101.pth')
-    with pytest.raises(CheckpointError, match=r"must be a file that exists.*Did you mean 'teacher_r101\.pth'"):
-        compat.read_checkpoint(tmp_path / 'teacher_r10.pth')
-    with pytest.raises(CheckpointError, match='must be a file that exists'):
-        compat.read_checkpoint(tmp_path / 'no' / 'such.pth')
-    with pytest.raises(CheckpointError, match='got the folder'):
-        compat.read_checkpoint(tmp_path)
-    with pytest.raises(CheckpointError, match=r"got 's3://bucket/a\.pth'"):
-        compat.read_checkpoint('s3://bucket/a.pth')
-
-
-# --- downloading ---------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch) -> Path:
-    """An empty download folder."""
-    monkeypatch.setenv('MMENGINE_HOME', str(tmp_path / 'mmengine'))
-    monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path / 'hub'))
-    return tmp_path / 'hub' / 'checkpoints'
-
-
-@pytest.fixture
-def server(tmp_path):
-    """Serve a folder over HTTP; yields the folder and its address."""
-    folder = tmp_path / 'served'
-    folder.mkdir()
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
-    handler.log_message = lambda *args: None
-    with http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler) as running:
-        thread = threading.Thread(target=running.serve_forever, daemon=True)
-        thread.start()
-        yield folder, f'http://127.0.0.1:{running.server_port}'
-        running.shutdown()
-
-
-def test_address_is_downloaded_once(hub, server):
-    folder, address = server
-    for name, value in (('a', 1.0), ('b', 2.0)):
-        (folder / name).mkdir()
-        torch.save({'w': torch.tensor(value)}, folder / name / 'latest.pth')
-    # The same file name at two addresses stays two files.
-    assert compat.read_checkpoint(f'{address}/a/latest.pth')['w'] == 1
-    assert compat.read_checkpoint(f'{address}/b/latest.pth')['w'] == 2
-    (folder / 'a' / 'latest.pth').unlink()
-    assert compat.read_checkpoint(f'{address}/a/latest.pth')['w'] == 1
-    assert len(list(hub.iterdir())) == 2  # no leftovers
-
-
-def test_name_with_a_hash_shares_the_cache_of_mmengine(hub):
-    hub.mkdir(parents=True)
-    torch.save({'w': torch.ones(1)}, hub / 'pspnet-c57ef796.pth')
-    # Nothing listens there: it must come from the cache.
-    assert compat.local_checkpoint('http://127.0.0.1:9/zoo/pspnet-c57ef796.pth') == str(hub / 'pspnet-c57ef796.pth')
-
-
-def test_failed_download_is_an_error_and_leaves_nothing(hub, server):
-    _, address = server
-    with pytest.raises(CheckpointError, match=r'none\.pth.*404.*Download it elsewhere'):
-        compat.read_checkpoint(f'{address}/none.pth')
-    assert list(hub.iterdir()) == []
-
-
-def test_downloaded_file_is_read_as_carefully(hub, server, tmp_path):
-    folder, address = server
-    malicious(tmp_path / 'marker', folder / 'bad.pth')
-    with pytest.raises(CheckpointError, match='system'):
-        compat.read_checkpoint(f'{address}/bad.pth')
-    assert not (tmp_path / 'marker').exists()
-
-
-def test_names_of_the_zoo_come_from_the_tables_of_mmengine(hub, server, tmp_path, monkeypatch):
-    folder, address = server
-    torch.save({'w': torch.tensor(7.0)}, folder / 'resnet.pth')
-    # The user's own table lies in the home of mmengine and may name addresses and files beside it.
-    home = tmp_path / 'mmengine'
-    home.mkdir()
-    torch.save({'w': torch.tensor(8.0)}, home / 'mine.pth')
-    (home / 'open_mmlab.json').write_text(f'{{"theirs": "{address}/resnet.pth", "mine": "mine.pth"}}')
-    assert compat.read_checkpoint('open-mmlab://theirs')['w'] == 7
-    assert compat.read_checkpoint('open-mmlab://mine')['w'] == 8
-    with pytest.raises(CheckpointError, match=r"must name a model.*'open-mmlab://resnet50_v1d'.*Did you mean"):
-        compat.read_checkpoint('open-mmlab://resnet50_v1d')
-    monkeypatch.setattr(compat, '_torchvision_models', lambda: {'resnet18': f'{address}/resnet.pth'})
-    assert compat.read_checkpoint('torchvision://resnet18')['w'] == 7
-
-
-def test_names_of_torchvision_are_known_without_torchvision():
-    assert compat._torchvision_models()['resnet50'].startswith('https://')
-
-
 # --- writing -------------------------------------------------------------------------------------------------
 
 
@@ -467,7 +210,7 @@ mmengine.runner.runner.save_checkpoint({{'w': torch.zeros(3)}}, path)
 """
     done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 9, done.stderr
-    assert compat.read_checkpoint(tmp_path / 'a.pth')['w'].tolist() == [1, 1, 1]
+    assert read_checkpoint(tmp_path / 'a.pth')['w'].tolist() == [1, 1, 1]
 
 
 def test_saved_file_has_the_rights_of_any_file_and_follows_links(tmp_path):
@@ -479,7 +222,7 @@ def test_saved_file_has_the_rights_of_any_file_and_follows_links(tmp_path):
     (tmp_path / 'link.pth').symlink_to(tmp_path / 'sub' / 'a.pth')
     save({'w': torch.zeros(1)}, str(tmp_path / 'link.pth'))
     assert (tmp_path / 'link.pth').is_symlink()
-    assert compat.read_checkpoint(tmp_path / 'sub' / 'a.pth')['w'] == 0
+    assert read_checkpoint(tmp_path / 'sub' / 'a.pth')['w'] == 0
 
 
 def test_other_back_ends_are_left_alone():

@@ -2,23 +2,12 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
-import pytest
 import torch
 
 from mmstructkd.functional.adversarial import adversarial_loss, critic_loss
+from tests.golden import case_names, learner, load
 
-GOLDEN = Path(os.environ.get('MMSTRUCTKD_GOLDEN') or Path(__file__).resolve().parents[2] / 'shared' / 'golden')
-
-
-def load(name):
-    path = GOLDEN / f'{name}.pt'
-    if not path.is_file():
-        pytest.skip(f'no reference values: {path.name} is not in {GOLDEN} (set MMSTRUCTKD_GOLDEN)')
-    case = torch.load(path, weights_only=True)
-    return case, case['student'].clone().requires_grad_()
+MODES = {'wgan-gp': 'wgan', 'hinge': 'hinge'}
 
 
 def check(case, student, loss):
@@ -27,13 +16,15 @@ def check(case, student, loss):
     assert (grad - case['grad']).norm() <= 1e-4 * case['grad'].norm()
 
 
-@pytest.mark.parametrize(('name', 'mode'), [('wgan-gp', 'wgan'), ('hinge', 'hinge')])
-def test_critic(name, mode):
-    case, student = load(f'structkd_adv_d_{name}')
-    check(case, student, critic_loss(student, case['teacher'], mode=mode))
+@case_names('structkd_adv_d_*')
+def test_critic(name):
+    case = load(name)
+    student = learner(case)
+    check(case, student, critic_loss(student, case['teacher'], mode=MODES[name.rsplit('_', 1)[1]]))
 
 
-@pytest.mark.parametrize(('name', 'mode'), [('wgan-gp', 'wgan'), ('hinge', 'hinge')])
-def test_student(name, mode):
-    case, student = load(f'structkd_adv_g_{name}')
-    check(case, student, adversarial_loss(student, mode=mode))
+@case_names('structkd_adv_g_*')
+def test_student(name):
+    case = load(name)
+    student = learner(case)
+    check(case, student, adversarial_loss(student, mode=MODES[name.rsplit('_', 1)[1]]))

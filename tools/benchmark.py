@@ -12,6 +12,7 @@ turn (A B C A B C ...), with a warm-up; medians, quartiles and ratios:
     python tools/benchmark.py --out work_dirs/benchmark               # pairs of networks
     python tools/benchmark.py --losses --out work_dirs/benchmark      # each loss alone
     python tools/benchmark.py --gradients CONFIG                      # what the options change
+    python tools/benchmark.py --check --out work_dirs/benchmark       # what looking for NaN adds to a step
     python tools/benchmark.py --report docs/benchmarks.md work_dirs/benchmark/*.json
 
 A step is forward, backward and update in float32, without data loading; with
@@ -33,6 +34,7 @@ from typing import Any
 
 os.environ.setdefault('KINETO_LOG_LEVEL', '9')  # the profiler's chatter, before torch is there
 
+import benchmark_check as check
 import benchmark_gradients as gradients
 import benchmark_losses as losses
 import benchmark_measure as measure
@@ -54,6 +56,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         '--gradients', metavar='CONFIG', help="what the teacher's options change in the gradients of this config"
     )
+    parser.add_argument('--check', action='store_true', help='what looking for NaN before each update adds to a step')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, help='with --gradients: overrides, key=value')
     parser.add_argument('--pairs', nargs='+', choices=names, default=names, help='default: all')
     parser.add_argument('--arms', nargs='+', choices=arms.ARMS, default=list(arms.ARMS), help='default: all')
@@ -167,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
-    kind = 'gradients' if args.gradients else 'losses' if args.losses else 'pairs'
+    kind = 'gradients' if args.gradients else 'losses' if args.losses else 'check' if args.check else 'pairs'
     results: dict[str, Any] = dict(kind=kind, quick=args.quick)
     results['command'] = shlex.join(['python', 'tools/benchmark.py', *(sys.argv[1:] if argv is None else argv)])
     results['environment'] = measure.environment(args.device)
@@ -184,6 +187,24 @@ def main(argv: Sequence[str] | None = None) -> int:
                 found = losses.measure(name, size, device=args.device, rounds=args.rounds, warmup=args.warmup)
                 results['losses'].append(found)
                 print(f'{name} at {size}', flush=True)
+        stem = save(results, args.out)
+    elif args.check:
+        results['checks'] = []
+        for precision in args.precision:
+            for name in args.pairs:
+                pair = arms.pairs(args.quick)[name]()
+                found = check.measure(
+                    name,
+                    pair,
+                    device=args.device,
+                    amp=precision == 'amp',
+                    batch_size=args.batch_size or pair.batch_size,
+                    size=tuple(args.size) if args.size else pair.size,
+                    rounds=args.rounds,
+                    warmup=args.warmup,
+                )
+                results['checks'].append(found)
+                print(f'{name}, {precision}: {found["ratio"]["median"]:.4f}', flush=True)
         stem = save(results, args.out)
     else:
         results['pairs'] = []

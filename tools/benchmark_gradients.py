@@ -14,6 +14,7 @@ from mmengine.registry import init_default_scope
 from mmengine.runner import set_random_seed
 from torch import Tensor
 
+from mmstructkd.checkpoints import IN_CONFIG, consented, trusts
 from mmstructkd.distillers import StructuredDistiller
 from mmstructkd.distillers.batches import real_batch
 from mmstructkd.errors import ConfigError
@@ -32,10 +33,11 @@ def _build(cfg: Config, options: Mapping[str, Any], device: str) -> StructuredDi
     if 'teacher' in model:
         model.teacher.update(options)
     set_random_seed((cfg.get('randomness') or {}).get('seed') or 0)
-    distiller = MODELS.build(model)
+    with consented(trusts(cfg), IN_CONFIG):
+        distiller = MODELS.build(model)
+        distiller.init_weights()
     if not isinstance(distiller, StructuredDistiller):
         raise ConfigError(f'benchmark: `--gradients` must be a distilling config, got a {type(distiller).__name__}.')
-    distiller.init_weights()
     return distiller.to(device).train()
 
 

@@ -121,6 +121,22 @@ def _places(ours: Loss, other: Loss, argument: str, corners: int, **settings: fl
     return losses
 
 
+def _centers_of_classes(classes: int) -> Both:
+    labels = torch.randint(0, classes, (2, 32, 32), generator=_noise())
+    ours = partial(F.prototype_contrast_loss, labels=labels, num_classes=classes)
+    return ours, partial(plain.plain_prototypes, labels, classes)
+
+
+def _warm(classes: int) -> Both:
+    temperature = 1 + torch.rand(2, 1, 64, 64, generator=_noise())
+    ours = partial(F.instance_temperature_kl_loss, temperature=temperature)
+    return ours, partial(plain.plain_instance_temperature, temperature)
+
+
+def _chains(labels: int) -> Both:
+    return partial(F.chain_cross_entropy_loss, transitions=torch.zeros(labels, labels)), plain.plain_chain
+
+
 # --- the cases -----------------------------------------------------------------------------------------------
 
 CASES: dict[str, Case] = {
@@ -164,6 +180,20 @@ CASES: dict[str, Case] = {
         'classes', CLASSES, _maps(64), _labelled(F.weighted_soft_label_loss, plain.plain_soft_labels)
     ),
     'zipf_label_loss': Case('classes', CLASSES, _maps(64), _labelled(F.zipf_label_loss, plain.plain_zipf)),
+    'soft_target_loss': Case('classes', CLASSES, _maps(64), _labelled(F.soft_target_loss, plain.plain_soft_target)),
+    'instance_temperature_kl_loss': Case('classes', CLASSES, _maps(64), _warm),
+    'chain_cross_entropy_loss': Case('labels, 16 positions', (9, 60), lambda labels: ((8, 16, labels),) * 2, _chains),
+    'spatial_mean_loss': Case('channels', WIDTHS, _maps(64), _same(F.spatial_mean_loss, plain.plain_spatial_mean)),
+    'cosine_distance_loss': Case('channels', WIDTHS, _maps(64), _same(F.cosine_distance_loss, plain.plain_cosine)),
+    'mean_discrepancy_loss': Case(
+        'rows (D 128)', (64, 512), _rows, _same(F.mean_discrepancy_loss, plain.plain_discrepancy)
+    ),
+    'prototype_contrast_loss': Case(
+        'classes (D 128)', (19, 60), lambda classes: ((2, 128, 32, 32),) * 2, _centers_of_classes
+    ),
+    'cross_view_similarity_loss': Case(
+        'rows (D 128)', (64, 512), _rows, _same(F.cross_view_similarity_loss, plain.plain_cross_view)
+    ),
     'feature_mse_loss': Case('channels', WIDTHS, _maps(64), _same(F.feature_mse_loss, torch.nn.functional.mse_loss)),
     'standardized_mse_loss': Case(
         'channels', WIDTHS, _maps(64), _same(F.standardized_mse_loss, plain.plain_standardized)

@@ -344,7 +344,9 @@ class Workshop:
     def _student(self) -> nn.Module:
         student = build_network(self.pair.student, 'benchmark')
         student.load_state_dict(self.weights)
-        return student.to(self.device).train()
+        student.to(self.device)
+        student.train()
+        return student
 
     def _teacher(self) -> nn.Module:
         teacher = build_network(self.pair.teacher, 'benchmark')
@@ -364,7 +366,8 @@ class Workshop:
         if name == STUDENT:
             return Arm(name, self._student(), self.batch, self._autocast)
         if name == BARE:
-            teacher = self._teacher().eval().requires_grad_(False)
+            teacher = self._teacher().requires_grad_(False)
+            teacher.eval()
 
             @torch.no_grad()
             def forward() -> None:

@@ -327,3 +327,83 @@ def plain_virtual_normal(triplets: Tensor, student: Tensor, teacher: Tensor) -> 
         upright = torch.linalg.cross(corners[1] - corners[0], corners[2] - corners[0], dim=1)
         normals.append(nn_functional.normalize(upright, dim=1))
     return (normals[0] - normals[1]).abs().sum(1).mean()
+
+
+def plain_soft_target(labels: Tensor, student: Tensor, teacher: Tensor) -> Tensor:
+    """Half a cross-entropy, half a divergence."""
+    return 0.5 * nn_functional.cross_entropy(student, labels) + 0.5 * plain_pixelwise(student, teacher)
+
+
+def plain_instance_temperature(warm: Tensor, student: Tensor, teacher: Tensor) -> Tensor:
+    """KL of softmax over classes, each pixel by itself."""
+    log_s, share_t = (student / warm).log_softmax(1), (teacher / warm).softmax(1)
+    return (warm[:, 0].square() * (share_t * (share_t.log() - log_s)).sum(1)).mean()
+
+
+def plain_spatial_mean(student: Tensor, teacher: Tensor) -> Tensor:
+    """Means of maps."""
+    return (student.mean((2, 3)) - teacher.mean((2, 3))).square().mean()
+
+
+def plain_cosine(student: Tensor, teacher: Tensor) -> Tensor:
+    """Two less twice the cosine."""
+    return (2 - 2 * nn_functional.cosine_similarity(student, teacher, dim=1)).mean()
+
+
+def plain_discrepancy(source: Tensor, target: Tensor) -> Tensor:
+    """All differences of all rows."""
+    rows = torch.cat([source, target])
+    distance = (rows[:, None] - rows).square().sum(2)
+    width = distance.detach().sum() / (len(rows) ** 2 - len(rows))
+    near = sum(torch.exp(-distance / (width * 2.0**q)) for q in range(-2, 3))
+    first, second = near[: len(source)], near[len(source) :]
+    own = first[:, : len(source)].mean() + second[:, len(source) :].mean()
+    return own - 2 * first[:, len(source) :].mean()
+
+
+def plain_prototypes(labels: Tensor, classes: int, student: Tensor, teacher: Tensor) -> Tensor:
+    """Centres class by class, then anchor by anchor."""
+    centers: list[list[Tensor]] = [[], []]
+    kinds: list[int] = []
+    for image, label in enumerate(labels):
+        for kind in range(classes):
+            members = label == kind
+            if members.any():
+                kinds.append(kind)
+                for found, features in zip(centers, (student, teacher), strict=True):
+                    found.append(nn_functional.normalize(features[image][:, members].mean(1), dim=0))
+    own, other = (torch.stack(found) for found in centers)
+    total = student.new_zeros(())
+    for keys in (own, other):
+        terms = []
+        for a, kind in enumerate(kinds):
+            near = {k: own[a] @ keys[k] / 0.1 for k in range(len(kinds)) if k != a}
+            below = torch.stack(list(near.values())).logsumexp(0)
+            positives = [near[k] - below for k in near if kinds[k] == kind]
+            if positives:
+                terms.append(-torch.stack(positives).mean())
+        total = total + torch.stack(terms).mean()
+    return total
+
+
+def plain_cross_view(student: Tensor, teacher: Tensor) -> Tensor:
+    """Each turned row beside each upright one; ranks by sorting."""
+    turned = torch.arange(len(student), device=student.device) % 4 != 0
+    near = []
+    for rows in (student, teacher):
+        near.append(nn_functional.cosine_similarity(rows[turned][:, None], rows[~turned][None], dim=2))
+    own = torch.arange(near[1].shape[1], device=student.device).repeat_interleave(3)
+    rank = (near[1].argsort(1, descending=True) == own[:, None]).int().argmax(1)
+    wrong = int((rank > 0).sum())
+    kept = rank.argsort(stable=True)[: len(rank) - wrong + int(0.75 * wrong)]
+    log_s, share_t = ((part / 0.5).log_softmax(1)[kept] for part in near)
+    return 0.25 * (share_t.exp() * (share_t - log_s)).sum(1).mean()
+
+
+def plain_chain(student: Tensor, teacher: Tensor) -> Tensor:
+    """Marginals of independent positions, the sum over sequences position by position; no transitions."""
+    marginals = teacher.softmax(2)
+    reached = student[:, 0]
+    for position in range(1, student.shape[1]):
+        reached = student[:, position] + reached.logsumexp(1, keepdim=True)
+    return (reached.logsumexp(1) - (marginals * student).sum((1, 2))).mean()

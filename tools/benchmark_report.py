@@ -186,6 +186,24 @@ def _gradients(found: dict[str, Any]) -> str:
     return f'**{head}**\n\n' + _table(('option', *terms), rows)
 
 
+def _checks(found: Sequence[dict[str, Any]]) -> str:
+    """The table of what looking for NaN adds."""
+    rows = []
+    for entry in found:
+        over, (height, width) = entry['ratio'], entry['size']
+        rows.append(
+            (
+                f'{entry["title"]}: {entry["batch_size"]} images of {height}x{width}, {entry["precision"]}',
+                f'{entry["parameters"] / 1e6:.1f} M',
+                _seconds(entry['step']['median']),
+                _seconds(entry['check']['median']),
+                f'{over["median"]:.4f}',
+                f'{over["low"]:.4f} to {over["high"]:.4f}',
+            )
+        )
+    return _table(('step', 'trained', 'seconds', 'check', 'with over without', 'quartiles'), rows)
+
+
 def text(results: dict[str, Any]) -> str:
     """All tables of one run, in Markdown.
 
@@ -206,6 +224,8 @@ def text(results: dict[str, Any]) -> str:
         parts.append(_gradients(results['gradients']))
     elif results['kind'] == 'losses':
         parts.append(_losses(results))
+    elif results['kind'] == 'check':
+        parts.append(_checks(results['checks']))
     else:
         parts += [_pair(entry) for entry in results['pairs']]
     if results['targets']:
@@ -235,6 +255,9 @@ def draw(results: dict[str, Any], path: Path) -> None:
         return
     if results['kind'] == 'gradients':
         _draw_gradients(results['gradients'], path)
+        return
+    if results['kind'] == 'check':
+        _draw_checks(results['checks'], path)
         return
     entries = results['pairs']
     height = sum(len(entry['arms']) for entry in entries) * 0.3 + len(entries) * 0.8
@@ -273,6 +296,19 @@ def _draw_gradients(found: dict[str, Any], path: Path) -> None:
     axis.set_xscale('log')
     axis.set_xlabel("change of the student's gradient, relative")
     axis.legend(fontsize=7)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _draw_checks(found: Sequence[dict[str, Any]], path: Path) -> None:
+    """A bar for each pair: what the check adds, in percent of the step without it."""
+    names = [f'{entry["title"]}, {entry["precision"]}' for entry in found]
+    over = [[100 * (entry['ratio'][key] - 1) for key in ('median', 'low', 'high')] for entry in found]
+    figure, axis = plt.subplots(figsize=(8, 0.5 * len(names) + 1), layout='constrained')
+    spreads = [[m - low for m, low, _ in over], [high - m for m, _, high in over]]
+    axis.barh(names, [m for m, _, _ in over], xerr=spreads, color='#4c72b0', capsize=2)
+    axis.set_xlabel('percent of a step (median, quartiles)')
+    axis.tick_params(labelsize=8)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
@@ -319,7 +355,12 @@ def write_page(page: Path, runs: Sequence[dict[str, Any]]) -> None:
         raise ValueError(f'benchmark: {str(page)!r} must have the lines {BEGIN} and {END}, got none.')
     parts = []
     for run in runs:
-        what = {'pairs': 'A step', 'losses': 'Each loss alone', 'gradients': 'What the options change'}[run['kind']]
+        what = {
+            'pairs': 'A step',
+            'losses': 'Each loss alone',
+            'gradients': 'What the options change',
+            'check': 'What looking for NaN adds',
+        }[run['kind']]
         parts.append(f'## {what}: {run["environment"]["device"]}\n\n{text(run)}')
     before, rest = old.split(BEGIN, 1)
     after = rest.split(END, 1)[1]

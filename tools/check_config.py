@@ -48,6 +48,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         '--random-init', action='store_true', help='do not load (and download) what the student would start from'
     )
+    parser.add_argument(
+        '--trust-checkpoint',
+        action='store_true',
+        help='read what the student starts from (load_from, init_cfg) though it needs more than weights; may run code',
+    )
     args = parser.parse_args(argv)
     if args.size is not None and not args.synthetic:
         parser.error('--size is for --synthetic: real images have the size that the pipeline gives them')
@@ -78,6 +83,8 @@ def check(args: argparse.Namespace, console: Console) -> bool:
         raise ConfigError(f'check_config: `config` must be a readable config, got {args.config!r} ({err}).') from err
     if args.cfg_options is not None:
         cfg.merge_from_dict(args.cfg_options)
+    if args.trust_checkpoint:
+        cfg.trust_checkpoint = True
     device = args.device or ('cuda' if torch.cuda.is_available() else 'cpu')
     if device == 'cuda' and not torch.cuda.is_available():
         raise ConfigError("check_config: `--device` must be one that this machine has, got 'cuda'. Use cpu.")

@@ -49,6 +49,11 @@ def parse_args() -> argparse.Namespace:
         '--percent', nargs='*', metavar='NAME', help='metrics that are shares and shown in per cent; no name: all'
     )
     parser.add_argument('--cfg-options', nargs='+', default=[], help='overrides for every run, key=value')
+    parser.add_argument(
+        '--trust-checkpoint',
+        action='store_true',
+        help='hand it to each run: read checkpoints that need more than weights; may run code',
+    )
     parser.add_argument('--out', type=Path, help='also write the table (Markdown) and the numbers (JSON) here')
     args = parser.parse_args()
     args.arms = dict(arm.split('=', 1) for arm in args.arm)
@@ -83,13 +88,14 @@ def read_run(folder: Path, metrics: Sequence[Metric]) -> dict[str, float]:
     return {key: value * factors.get(key, 1.0) for key, value in values.items()}
 
 
-def train(config: str, folder: Path, seed: int, options: list[str]) -> None:
+def train(config: str, folder: Path, seed: int, options: list[str], *, trust: bool = False) -> None:
     """Run one training to its end, unless it has been."""
     done = folder / 'done'
     if done.exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, str(ROOT / 'tools' / 'train.py'), config, '--work-dir', str(folder), '--resume']
+    command += ['--trust-checkpoint'] * trust
     command += ['--cfg-options', f'randomness.seed={seed}', *options]
     with (folder / 'stdout.log').open('a') as log:
         result = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False)
@@ -154,7 +160,7 @@ def main() -> None:
     for seed in args.seeds:
         for name, config in args.arms.items():
             folder = args.work_dir / f'{name}_seed{seed}'
-            train(config, folder, seed, args.cfg_options)
+            train(config, folder, seed, args.cfg_options, trust=args.trust_checkpoint)
             run = results[name][seed] = read_run(folder, args.metrics)
             words = ', '.join(
                 f'{metric.title} {run[metric.key]:.{digits(results, metric)}f}' for metric in args.metrics

@@ -26,6 +26,7 @@ from mmengine.logging import MMLogger
 from mmengine.registry import DATASETS, init_default_scope
 
 from mmstructkd import compat
+from mmstructkd.checkpoints import trusts
 from mmstructkd.distillers.loading import load_student
 from mmstructkd.errors import CheckpointError, ConfigError, ShapeError
 from mmstructkd.visualization import choose_looks, draw_samples
@@ -119,7 +120,9 @@ def draw(args: argparse.Namespace) -> None:
     networks = {}
     for title, cfg, (_, checkpoint) in zip(titles, configs, args.pairs, strict=True):
         init_default_scope(cfg.get('default_scope', 'mmengine'))
-        networks[title] = load_student(cfg, checkpoint, owner=OWNER, trust_checkpoint=args.trust_checkpoint)
+        networks[title] = load_student(
+            cfg, checkpoint, owner=OWNER, trust_checkpoint=trusts(cfg, args.trust_checkpoint)
+        )
     init_default_scope(source.get('default_scope', 'mmengine'))
     try:
         dataset = DATASETS.build(source.val_dataloader.dataset)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
 import importlib.util
 import math
 import os
@@ -31,8 +30,10 @@ from mmengine.registry import init_default_scope
 from torch import Tensor, nn
 
 from mmstructkd import compat
+from mmstructkd.checkpoints import ON_COMMAND_LINE, read_checkpoint, trusts
 from mmstructkd.distillers.batches import input_size, synthetic_batch
 from mmstructkd.distillers.loading import build_network, load_student, student_config
+from mmstructkd.distillers.plain_config import plain_config
 from mmstructkd.distillers.targets import task_of
 from mmstructkd.errors import CheckpointError, ConfigError, ShapeError, TapError
 from mmstructkd.evaluation.cost import all_tensors, multiply_adds, parameter_count
@@ -105,7 +106,7 @@ def plain_checkpoint(model: BaseModel, cfg: Config, source: dict) -> dict[str, A
 
 def load_as_users_do(cfg: Config, path: Path, framework: str) -> nn.Module:
     """Build the student from its config by the function that mmseg or mmdet has for it."""
-    cfg = copy.deepcopy(cfg)
+    cfg = Config.fromstring(cfg.pretty_text, '.py')  # as they find it in the file
     if framework == 'mmdet':
         from mmdet.apis import init_detector
 
@@ -117,8 +118,9 @@ def load_as_users_do(cfg: Config, path: Path, framework: str) -> nn.Module:
 
 def outputs_of(model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, ...]:
     """Run ``mode='tensor'`` in eval and flatten what it gives."""
+    model.eval()  # which need not return the model
     with torch.no_grad():
-        return all_tensors(model.eval()(batch['inputs'], batch['data_samples'], mode='tensor'))
+        return all_tensors(model(batch['inputs'], batch['data_samples'], mode='tensor'))
 
 
 def verify(path: Path, cfg: Config, reference: BaseModel, batch: dict[str, Any]) -> None:
@@ -310,8 +312,9 @@ def compare_onnx(network: nn.Module, path: Path, inputs: Tensor, tolerance: floa
 
 def complexity(model: BaseModel, size: tuple[int, int]) -> str:
     """Say how large a model is, and what an image of ``size`` costs."""
+    model.eval()
     try:
-        cost = f'{multiply_adds(model.eval(), size) / 1e9:.3f} G multiply-adds at {size[0]}x{size[1]}'
+        cost = f'{multiply_adds(model, size) / 1e9:.3f} G multiply-adds at {size[0]}x{size[1]}'
     except Exception as err:
         # A number for information: a network that cannot be traced is exported all the same.
         cost = f'multiply-adds not counted ({type(err).__name__})'
@@ -369,7 +372,7 @@ def export(args: argparse.Namespace) -> None:
         distilling.merge_from_dict(args.cfg_options)
     if distilling.get('model') is None:
         raise ConfigError(f'export_student: `config` must define `model`, got keys {sorted(distilling.keys())}.')
-    cfg = student_config(distilling)
+    cfg = plain_config(distilling)
     out, onnx = Path(args.out), None if args.onnx is None else Path(args.onnx)
     taken = {Path(args.checkpoint).resolve(), Path(args.config).resolve()}
     for option, target in (('--out', out), ('--onnx', onnx)):
@@ -377,12 +380,13 @@ def export(args: argparse.Namespace) -> None:
             raise ConfigError(f'export_student: `{option}` must be a file of its own, got {str(target)!r}. Rename it.')
         taken.add(target and target.resolve())
 
-    source = compat.read_checkpoint(args.checkpoint, trust=args.trust_checkpoint)
+    trust = trusts(distilling, args.trust_checkpoint)
+    source = read_checkpoint(args.checkpoint, trust=trust, how=ON_COMMAND_LINE)
     init_default_scope(cfg.get('default_scope', 'mmengine'))
-    model = load_student(cfg, args.checkpoint, owner='export_student', trust_checkpoint=args.trust_checkpoint)
+    model = load_student(cfg, args.checkpoint, owner='export_student', trust_checkpoint=trust)
     if onnx is not None:
         check_onnx_possible(model)
-    size = tuple(args.size) if args.size else input_size(cfg, model)
+    size = tuple(args.size) if args.size else input_size(student_config(distilling), model)
     batch = synthetic_batch(model, size, 1, training=False)
 
     with kept_if_good(out, onnx) as (part, onnx_part):
@@ -397,7 +401,7 @@ def export(args: argparse.Namespace) -> None:
     if onnx is not None:
         preprocessor = model.data_preprocessor
         mean, std = (getattr(preprocessor, name, None) for name in ('mean', 'std'))
-        order = 'RGB' if getattr(preprocessor, '_channel_conversion', False) else 'BGR'
+        order = 'RGB' if compat.swaps_channels(preprocessor) else 'BGR'
         print(f'wrote     {onnx}: image 1x3x{size[0]}x{size[1]} -> logits, opset {args.opset}')
         if mean is not None:
             print(f'          image = ({order} - {mean.flatten().tolist()}) / {std.flatten().tolist()}')

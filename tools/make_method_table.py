@@ -33,8 +33,10 @@ END = re.compile(r'(?<!e\.g\.)(?<!i\.e\.)(?<! al\.)(?<! cf\.)(?<=[.!?])\s+(?=[A-
 
 #: What a sentence is about, by its words; the first that fits. What fits none explains the formula.
 ABOUT = {
+    'counts': r'\(``where=',
     'nothing new': r'^The gradient reaches ``student``( only)?(, once.*|, and ``temperature`` where that is a tensor)?'
     r'\.$|\bfor (the|its|their) (formula|parts)\b',
+    'processes': r'^With several processes\b',
     'cost': r'\bO\(|\b[Tt]ime and memory\b|\bCosts? [a-z]',
     'invariance': r'\b(does|do) not change\b|\binvarian',
     'tap': r'^Taps? |^Needs |^For [a-z ]+: tap ',
@@ -286,7 +288,9 @@ def loss_section(kind: type[DistillLoss]) -> list[str]:
         'Transfers': getattr(kind, 'transfers', ''),
         'Tasks': tasks_of(kind),
         'Tap': collect({'': notes}, 'tap'),
+        'Counts': collect({'': notes}, 'counts'),
         'Does not change': collect(everything, 'invariance', label=several),
+        'Distributed': collect({'': notes}, 'processes'),
         'Cost': collect(everything, 'cost', label=several),
         'Default weight': ' '.join([f'{weight_of(kind)}.', collect({'': notes}, 'weight')]).strip(),
         'Paper and code': collect({**shown, '': notes}, 'difference', label=several),

@@ -11,8 +11,9 @@ from mmcv.cnn import ConvModule
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mmstructkd.connectors.base import Connector, check_width
+from mmstructkd.connectors.base import Connector, check_input, check_width
 from mmstructkd.errors import ConfigError, ShapeError
+from mmstructkd.layers import check_layers
 from mmstructkd.registry import MODELS
 
 __all__ = ['AttentionFusionConnector']
@@ -114,6 +115,9 @@ class AttentionFusionConnector(Connector):
             for value in values:
                 check_width(owner, name, value)
         check_width(owner, 'mid_channels', mid_channels)
+        for width in (mid_channels, *out_channels):
+            check_layers(owner, width, norm_cfg=norm_cfg)
+        self.in_channels = tuple(in_channels)
         coarsest = len(in_channels) - 1
         self.fusions = nn.ModuleList(
             _Fusion(width_s, mid_channels, width_t, level < coarsest, norm_cfg)
@@ -125,9 +129,11 @@ class AttentionFusionConnector(Connector):
         owner = type(self).__name__
         if not len(students) == len(teachers) == len(self.fusions):
             raise ShapeError(
-                f'{owner}: `students` and `teachers` must be {len(self.fusions)} levels, '
-                f'got {len(students)} and {len(teachers)}.'
+                f'{owner}: `students` and `teachers` must be {len(self.fusions)} levels, as many as `in_channels` and '
+                f'`out_channels` have widths, got {len(students)} and {len(teachers)}.'
             )
+        for student, width in zip(students, self.in_channels, strict=True):
+            check_input(owner, student, width)
         sizes = [tuple(s.shape[2:]) for s in students]
         if any(fine[0] < coarse[0] or fine[1] < coarse[1] for fine, coarse in itertools.pairwise(sizes)):
             raise ShapeError(

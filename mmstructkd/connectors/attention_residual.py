@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
 
-from mmstructkd.connectors.base import Connector
+from mmstructkd.connectors.base import Connector, check_widths
 from mmstructkd.errors import ConfigError
 from mmstructkd.functional.pixel_similarity import attention_residuals
 from mmstructkd.registry import MODELS
@@ -38,8 +37,9 @@ class AttentionResidualConnector(Connector):
 
     def __init__(self, in_channels: Sequence[int], out_channels: Sequence[int]) -> None:
         super().__init__()
-        several: Any = isinstance(in_channels, Sequence) and len(in_channels) >= 2
-        if not several:
+        check_widths(type(self).__name__, 'in_channels', in_channels)
+        check_widths(type(self).__name__, 'out_channels', out_channels)
+        if len(in_channels) < 2:
             raise ConfigError(
                 f'AttentionResidualConnector: `in_channels` must list the widths of at least two stages, '
                 f"got {in_channels!r}. Tap several: tap=['backbone[1]', 'backbone[2]', ...]."

@@ -7,10 +7,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mmstructkd.errors import ConfigError, suggest
-from mmstructkd.registry import MODELS
+from mmstructkd.errors import ConfigError, ShapeError, check_count, check_ndim, shown
+from mmstructkd.registry import MODELS, build_part, look_up
 
-__all__ = ['Connector', 'build_connector', 'check_width', 'width_of']
+#: More than any layer has; a number above is a slip that would fill the memory.
+MAX_WIDTH = 2**18
+#: Likewise the side of a kernel.
+MAX_KERNEL = 63
+
+__all__ = ['Connector', 'build_connector', 'check_input', 'check_width', 'check_widths', 'width_of']
 
 
 class Connector(nn.Module):
@@ -61,20 +66,40 @@ def width_of(tensor: Tensor) -> int:
 
 def check_width(owner: str, argument: str, value: Any) -> int:
     """Return a number of channels (or of anything else that is counted), or raise :class:`ConfigError`."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ConfigError(f'{owner}: `{argument}` must be an integer of at least 1, got {value!r}.')
-    return value
+    check_count(owner, argument, value, maximum=MAX_WIDTH)
+    return int(value)
 
 
-def build_connector(owner: str, config: Any, in_channels: Sequence[int], out_channels: Sequence[int]) -> nn.Module:
+def check_widths(owner: str, argument: str, values: Any) -> None:
+    """Raise :class:`ConfigError` unless ``values`` is a list of widths, one a level."""
+    if not isinstance(values, (list, tuple)) or not values:
+        raise ConfigError(f'{owner}: `{argument}` must be a list of at least one width, got {shown(values)}.')
+    for value in values:
+        check_width(owner, argument, value)
+
+
+def check_input(owner: str, student: Tensor, in_channels: int, layout: str = '(B, C, H, W)') -> None:
+    """Raise :class:`ShapeError` unless a tensor of the student is a map of the width that a connector was built for."""
+    check_ndim(owner, 'student', student, 4, layout)
+    if student.shape[1] != in_channels:
+        raise ShapeError(
+            f'{owner}: `in_channels` must be the width of the student, {student.shape[1]}, got {in_channels}. '
+            'Leave it out of the config: the term fills it in.'
+        )
+
+
+def build_connector(
+    owner: str, config: Any, in_channels: Sequence[int], out_channels: Sequence[int], argument: str = 'connector'
+) -> nn.Module:
     """Build one registered connector for widths that a probe found.
 
     Args:
         owner: who asks, for messages.
-        config: its config, a dict with a ``type``; widths in it are kept.
+        config: its config, a dict with a ``type``; an ``out_channels`` in it is kept.
         in_channels: widths of the student, one a level. A connector that is not
             joint takes the first.
         out_channels: widths of the teacher, likewise.
+        argument: under which the config was given, for messages.
 
     Returns:
         The connector.
@@ -83,25 +108,24 @@ def build_connector(owner: str, config: Any, in_channels: Sequence[int], out_cha
         ConfigError: not a dict with a ``type``, no registered connector, or
             arguments that it does not take.
     """
-    if not isinstance(config, Mapping) or 'type' not in config:
-        raise ConfigError(
-            f'{owner}: `connector` must be a dict with a `type`, got {config!r}. '
-            "Example: dict(type='mmstructkd.ConvConnector')."
-        )
-    kind = config['type']
-    cls = MODELS.get(kind) if isinstance(kind, str) else kind
-    if cls is None:
-        known = [name for name, c in MODELS.module_dict.items() if c.__module__.startswith('mmstructkd.connectors.')]
-        raise ConfigError(
-            f'{owner}: `connector` must name a registered connector, got {kind!r}. '
-            f'{suggest(str(kind).split(".")[-1], known)}'
-        )
-    joint = getattr(cls, 'joint', False)
+    kind = config.get('type') if isinstance(config, Mapping) else None
+    joint = getattr(look_up(MODELS, kind) if isinstance(kind, str) else kind, 'joint', False)
     widths = {
         'in_channels': list(in_channels) if joint else in_channels[0],
         'out_channels': list(out_channels) if joint else out_channels[0],
     }
-    try:
-        return MODELS.build({**widths, **config})
-    except TypeError as err:
-        raise ConfigError(f'{owner}: `connector` cannot be built. {err}') from err
+    own = config.get('in_channels') if isinstance(config, Mapping) else None
+    if own is not None and (list(own) if isinstance(own, (list, tuple)) else own) != widths['in_channels']:
+        raise ConfigError(
+            f'{owner}: `in_channels` of `{argument}` must be the width of the student, {widths["in_channels"]}, '
+            f'got {shown(own)}. Leave it out: the probe fills it in.'
+        )
+    return build_part(
+        owner,
+        argument,
+        config,
+        what='connector',
+        example="dict(type='mmstructkd.ConvConnector')",
+        known=Connector,
+        filled=widths,
+    )

@@ -5,8 +5,9 @@ from __future__ import annotations
 from mmcv.cnn import ConvModule
 from torch import Tensor
 
-from mmstructkd.connectors.base import Connector, check_width
-from mmstructkd.errors import ConfigError
+from mmstructkd.connectors.base import MAX_KERNEL, Connector, check_input, check_width
+from mmstructkd.errors import ConfigError, check_count
+from mmstructkd.layers import check_layers
 from mmstructkd.registry import MODELS
 
 __all__ = ['ConvConnector']
@@ -48,10 +49,13 @@ class ConvConnector(Connector):
         super().__init__()
         for name, value in (('in_channels', in_channels), ('out_channels', out_channels)):
             check_width('ConvConnector', name, value)
-        if check_width('ConvConnector', 'kernel_size', kernel_size) % 2 == 0:
+        check_count('ConvConnector', 'kernel_size', kernel_size, maximum=MAX_KERNEL)
+        if kernel_size % 2 == 0:
             raise ConfigError(
                 f'ConvConnector: `kernel_size` must be odd, got {kernel_size!r}. An even one would shift the map.'
             )
+        check_layers('ConvConnector', out_channels, norm_cfg=norm_cfg, act_cfg=act_cfg)
+        self.in_channels = in_channels
         self.conv = ConvModule(
             in_channels,
             out_channels,
@@ -64,4 +68,5 @@ class ConvConnector(Connector):
 
     def forward(self, student: Tensor) -> Tensor:
         """Return the projected feature, shape (B, out_channels, H, W)."""
+        check_input(type(self).__name__, student, self.in_channels)
         return self.conv(student)

@@ -7,10 +7,14 @@ import itertools
 from mmcv.cnn import ConvModule
 from torch import Tensor, nn
 
-from mmstructkd.connectors.base import Connector, check_width
+from mmstructkd.connectors.base import Connector, check_input, check_width
+from mmstructkd.errors import check_count
+from mmstructkd.layers import check_layers
 from mmstructkd.registry import MODELS
 
 __all__ = ['DeepProjectorConnector']
+
+MAX_FACTOR = 64
 
 
 @MODELS.register_module()
@@ -44,9 +48,13 @@ class DeepProjectorConnector(Connector):
 
     def __init__(self, in_channels: int, out_channels: int, expansion: int = 2, norm_cfg: dict | None = None) -> None:
         super().__init__()
-        given = {'in_channels': in_channels, 'out_channels': out_channels, 'expansion': expansion}
+        given = {'in_channels': in_channels, 'out_channels': out_channels}
         for name, value in given.items():
             check_width('DeepProjectorConnector', name, value)
+        check_count('DeepProjectorConnector', 'expansion', expansion, maximum=MAX_FACTOR)
+        norm_cfg = {'type': 'BN'} if norm_cfg is None else dict(norm_cfg)
+        check_layers('DeepProjectorConnector', in_channels, norm_cfg=norm_cfg)
+        self.in_channels = in_channels
         hidden = expansion * in_channels
         widths = (in_channels, hidden, in_channels, hidden, out_channels)
         layers = []
@@ -57,7 +65,7 @@ class DeepProjectorConnector(Connector):
                     before,
                     after,
                     1,
-                    norm_cfg=None if ends else dict(norm_cfg or {'type': 'BN'}),
+                    norm_cfg=None if ends else norm_cfg,
                     act_cfg=None if ends else dict(type='ReLU'),
                 )
             )
@@ -65,4 +73,5 @@ class DeepProjectorConnector(Connector):
 
     def forward(self, student: Tensor) -> Tensor:
         """Return the projected feature, shape (B, out_channels, H, W)."""
+        check_input(type(self).__name__, student, self.in_channels)
         return self.layers(student)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from mmstructkd.connectors.base import Connector
+from mmstructkd.connectors.base import Connector, check_input, check_widths
 from mmstructkd.connectors.conv import ConvConnector
 from mmstructkd.errors import ConfigError, ShapeError, check_finite_number, check_ndim
 from mmstructkd.functional.precision import promote
@@ -79,14 +79,17 @@ class LayerMixConnector(Connector):
     ) -> None:
         super().__init__()
         owner = type(self).__name__
+        check_widths(owner, 'in_channels', in_channels)
+        check_widths(owner, 'out_channels', out_channels)
         check_finite_number(owner, 'entropy_floor', entropy_floor, minimum=0)
         if entropy_floor > 1:
             raise ConfigError(f'{owner}: `entropy_floor` must be a share in [0, 1], got {entropy_floor!r}.')
         if len(set(out_channels)) != 1:
             raise ConfigError(
-                f'{owner}: the layers of the teacher must share one width, got {list(out_channels)}. '
+                f'{owner}: `out_channels`: the layers of the teacher must share one width, got {list(out_channels)}. '
                 'Tap blocks of one stage; a projection of the teacher would let the target give way to the student.'
             )
+        self.in_channels = tuple(in_channels)
         self.shape = (len(in_channels), len(out_channels))
         self.entropy_floor = float(entropy_floor)
         self.projections = nn.ModuleList(
@@ -136,8 +139,10 @@ class LayerMixConnector(Connector):
         if (len(students), len(teachers)) != self.shape:
             raise ShapeError(
                 f'{owner}: there must be {self.shape[0]} tensors of the student and {self.shape[1]} of the teacher, '
-                f'as there are widths, got {len(students)} and {len(teachers)}.'
+                f'as `in_channels` and `out_channels` have widths, got {len(students)} and {len(teachers)}.'
             )
+        for student, width in zip(students, self.in_channels, strict=True):
+            check_input(owner, student, width)
         for teacher in teachers:
             check_ndim(owner, 'teachers', teacher, 4, '(B, C, H, W)')
         if len({tuple(t.shape) for t in teachers}) != 1:

@@ -8,8 +8,8 @@ import torch
 from mmengine.dist import get_dist_info
 from torch import Tensor, nn
 
-from mmstructkd.connectors.base import Connector, check_width
-from mmstructkd.errors import ConfigError, check_finite_number
+from mmstructkd.connectors.base import Connector, check_input, check_width
+from mmstructkd.errors import ConfigError, check_finite_number, check_seed
 from mmstructkd.registry import MODELS
 
 __all__ = ['MaskedGenerationConnector']
@@ -62,9 +62,9 @@ class MaskedGenerationConnector(Connector):
         check_finite_number(owner, 'ratio', ratio, minimum=0)
         if ratio > 1:
             raise ConfigError(f'{owner}: `ratio` must be a probability in [0, 1], got {ratio!r}.')
-        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or seed < 0):
-            raise ConfigError(f'{owner}: `seed` must be an integer of at least 0 or None, got {seed!r}.')
+        check_seed(owner, seed)
         self.ratio = float(ratio)
+        self.in_channels = in_channels
         self.align = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
         self.generation = nn.Sequential(
             nn.Conv2d(out_channels, out_channels, 3, padding=1),
@@ -78,6 +78,7 @@ class MaskedGenerationConnector(Connector):
 
     def forward(self, student: Tensor) -> Tensor:
         """Return the generated feature, shape (B, out_channels, H, W)."""
+        check_input(type(self).__name__, student, self.in_channels)
         aligned = self.align(student)
         shown = self.shown(aligned.shape[0], (aligned.shape[2], aligned.shape[3]), aligned.device)
         # Not a product: what is hidden must not pass on a NaN.

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch.nn.functional as torch_functional
 from torch import Tensor
 
-from mmstructkd.connectors.base import Connector, check_width
-from mmstructkd.errors import ConfigError, check_ndim, check_one_of
+from mmstructkd.connectors.base import Connector, check_width, check_widths
+from mmstructkd.errors import ConfigError, check_count, check_ndim, check_one_of
 from mmstructkd.functional.affinity import POOLS, check_kernel_size
 from mmstructkd.functional.resize import resize_map
 from mmstructkd.registry import MODELS
@@ -69,11 +69,14 @@ class PoolConnector(Connector):
     ) -> None:
         super().__init__()
         owner = type(self).__name__
+        check_widths(owner, 'in_channels', in_channels)
+        check_widths(owner, 'out_channels', out_channels)
         check_one_of(owner, 'pool', pool, POOLS)
         given = {'kernel_size': kernel_size, 'output_size': output_size, 'max_nodes': max_nodes}
         named = [name for name, value in given.items() if value is not None]
         if len(named) != 1:
-            raise ConfigError(f'{owner}: exactly one of {list(given)!r} must be given, got {named!r}.')
+            one = ', '.join(f'`{name}`' for name in given)
+            raise ConfigError(f'{owner}: exactly one of {one} must be given, got {named!r}.')
         self.pool = pool
         self.kernel_size = None if kernel_size is None else check_kernel_size(owner, kernel_size)
         self.output_size = None
@@ -85,7 +88,9 @@ class PoolConnector(Connector):
                 check_width(owner, 'output_size', sides[0]),
                 check_width(owner, 'output_size', sides[1]),
             )
-        self.max_nodes = None if max_nodes is None else check_width(owner, 'max_nodes', max_nodes)
+        if max_nodes is not None:
+            check_count(owner, 'max_nodes', max_nodes)
+        self.max_nodes = max_nodes
 
     def forward(self, students: list[Tensor], teachers: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Return the pooled maps, those of a level of one size."""

@@ -8,10 +8,13 @@ import torch
 from mmcv.cnn import ConvModule
 from torch import Tensor, nn
 
-from mmstructkd.connectors.base import Connector, check_width
+from mmstructkd.connectors.base import Connector, check_input, check_width
+from mmstructkd.errors import check_count
 from mmstructkd.registry import MODELS
 
 __all__ = ['ProjectorEnsembleConnector']
+
+MAX_PROJECTORS = 64
 
 
 @MODELS.register_module()
@@ -46,14 +49,17 @@ class ProjectorEnsembleConnector(Connector):
 
     def __init__(self, in_channels: int, out_channels: int, num_projectors: int = 3) -> None:
         super().__init__()
-        given = {'in_channels': in_channels, 'out_channels': out_channels, 'num_projectors': num_projectors}
+        given = {'in_channels': in_channels, 'out_channels': out_channels}
         for name, value in given.items():
             check_width('ProjectorEnsembleConnector', name, value)
+        check_count('ProjectorEnsembleConnector', 'num_projectors', num_projectors, maximum=MAX_PROJECTORS)
+        self.in_channels = in_channels
         self.projectors = nn.ModuleList(
             ConvModule(in_channels, out_channels, 1, act_cfg=dict(type='ReLU')) for _ in range(num_projectors)
         )
 
     def forward(self, student: Tensor) -> Tensor:
         """Return the mean projection, shape (B, out_channels, H, W)."""
+        check_input(type(self).__name__, student, self.in_channels)
         total = sum(projector(student) for projector in self.projectors)
         return cast(torch.Tensor, total) / len(self.projectors)

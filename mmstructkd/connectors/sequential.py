@@ -7,9 +7,9 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from mmstructkd.connectors.base import Connector, build_connector
+from mmstructkd.connectors.base import Connector, build_connector, check_widths, width_of
 from mmstructkd.errors import ConfigError, ShapeError
-from mmstructkd.registry import MODELS
+from mmstructkd.registry import MODELS, look_up
 
 __all__ = ['SequentialConnector']
 
@@ -44,9 +44,7 @@ class SequentialConnector(Connector):
 
     joint = True
 
-    def __init__(
-        self, in_channels: Sequence[int], out_channels: Sequence[int], connectors: Sequence[Mapping[str, Any]]
-    ) -> None:
+    def __init__(self, in_channels: Sequence[int], out_channels: Sequence[int], connectors: Sequence[Any]) -> None:
         super().__init__()
         owner = type(self).__name__
         if not isinstance(connectors, (list, tuple)) or not connectors:
@@ -54,11 +52,14 @@ class SequentialConnector(Connector):
                 f'{owner}: `connectors` must be a list of at least one config, got {connectors!r}. '
                 "Example: [dict(type='mmstructkd.ConvConnector')]."
             )
+        check_widths(owner, 'in_channels', in_channels)
+        check_widths(owner, 'out_channels', out_channels)
         self.levels = (len(in_channels), len(out_channels))
+        self.in_channels = list(in_channels)
         self.steps = nn.ModuleList()
         widths_s, widths_t = list(in_channels), list(out_channels)
-        for config in connectors:
-            step = self._build(owner, config, widths_s, widths_t)
+        for place, config in enumerate(connectors):
+            step = self._build(owner, f'connectors[{place}]', config, widths_s, widths_t)
             self.steps.append(step)
             part = cast(Connector, step[0] if isinstance(step, nn.ModuleList) else step)
             if isinstance(part, nn.Module) and getattr(part, 'joint', False):
@@ -77,22 +78,23 @@ class SequentialConnector(Connector):
         return list(width) if isinstance(width, (list, tuple)) else [width] * levels
 
     @staticmethod
-    def _build(owner: str, config: Any, widths_s: list[int], widths_t: list[int]) -> nn.Module:
+    def _build(owner: str, argument: str, config: Any, widths_s: list[int], widths_t: list[int]) -> nn.Module:
         """Build one step: a joint connector, or a list of one connector a level."""
         kind = config.get('type') if isinstance(config, Mapping) else None
-        cls = MODELS.get(kind) if isinstance(kind, str) else kind
+        cls = look_up(MODELS, kind) if isinstance(kind, str) else kind
         if cls is None or getattr(cls, 'joint', False):
-            return build_connector(owner, config, widths_s, widths_t)
+            return build_connector(owner, config, widths_s, widths_t, argument)
         if len(widths_s) != len(widths_t):
             # Layers that a later mix brings together are all of one width.
             if len(set(widths_t)) != 1:
                 raise ConfigError(
                     f'{owner}: `connectors` must begin with one that matches {len(widths_s)} layers of the student '
-                    f'with {len(widths_t)} of the teacher, got {kind!r}. Put it behind.'
+                    f'with {len(widths_t)} of the teacher (`in_channels` and `out_channels`), got {kind!r}. '
+                    'Put it behind.'
                 )
             widths_t = widths_t[:1] * len(widths_s)
         return nn.ModuleList(
-            build_connector(owner, config, [width_s], [width_t])
+            build_connector(owner, config, [width_s], [width_t], argument)
             for width_s, width_t in zip(widths_s, widths_t, strict=True)
         )
 
@@ -115,7 +117,13 @@ class SequentialConnector(Connector):
         if (len(students), len(teachers)) != self.levels:
             raise ShapeError(
                 f'{type(self).__name__}: there must be {self.levels[0]} tensors of the student and {self.levels[1]} '
-                f'of the teacher, as there are widths, got {len(students)} and {len(teachers)}.'
+                'of the teacher, as `in_channels` and `out_channels` have widths, '
+                f'got {len(students)} and {len(teachers)}.'
+            )
+        if [width_of(student) for student in students] != self.in_channels:
+            raise ShapeError(
+                f'{type(self).__name__}: `in_channels` must be the widths of the student, '
+                f'{[width_of(student) for student in students]}, got {self.in_channels}. Leave it out of the config.'
             )
         for step in self.steps:
             if isinstance(step, nn.ModuleList):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mmstructkd.connectors.base import Connector
+from mmstructkd.connectors.base import Connector, check_widths
 from mmstructkd.errors import check_ndim, check_positive
 from mmstructkd.functional.precision import full_precision
 from mmstructkd.registry import MODELS
@@ -63,6 +63,8 @@ class StandardizeConnector(Connector):
 
     def __init__(self, in_channels: Sequence[int], out_channels: Sequence[int], eps: float = 1e-6) -> None:
         super().__init__()
+        check_widths('StandardizeConnector', 'in_channels', in_channels)
+        check_widths('StandardizeConnector', 'out_channels', out_channels)
         check_positive('StandardizeConnector', 'eps', eps)
         self.eps = float(eps)
 

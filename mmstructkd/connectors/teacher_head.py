@@ -8,8 +8,10 @@ from mmcv.cnn import ConvModule
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from mmstructkd.connectors.base import Connector, check_width
-from mmstructkd.errors import ConfigError, ShapeError, TapError, check_ndim, suggest
+from mmstructkd.connectors.base import MAX_KERNEL, Connector, check_input, check_width
+from mmstructkd.errors import ConfigError, ShapeError, TapError, check_count, suggest
+from mmstructkd.layers import check_layers
+from mmstructkd.randomness import own_stream
 from mmstructkd.registry import MODELS
 
 __all__ = ['TeacherHeadConnector']
@@ -41,8 +43,9 @@ class TeacherHeadConnector(Connector):
     with ``head='decode_head.conv_seg'``. Differs from the authors' code, which
     works on one vector an image: here every position is read.
 
-    The head runs in eval (no dropout, running statistics) and with its
-    parameters frozen; the gradient passes through it to the student. It stays
+    The head runs in eval (no dropout, running statistics), with its parameters
+    frozen, and draws what random numbers it needs from the teacher's own stream
+    of the step, not from the student's; the gradient passes through it to the student. It stays
     the teacher's: in no ``parameters()``, no ``state_dict()``, no copy; a
     pickled connector has to be attached again.
 
@@ -87,9 +90,11 @@ class TeacherHeadConnector(Connector):
         super().__init__()
         owner = type(self).__name__
         check_width(owner, 'in_channels', in_channels)
+        check_width(owner, 'out_channels', out_channels)
         if head_channels is not None:
             check_width(owner, 'head_channels', head_channels)
-        if check_width(owner, 'kernel_size', kernel_size) % 2 == 0:
+        check_count(owner, 'kernel_size', kernel_size, maximum=MAX_KERNEL)
+        if kernel_size % 2 == 0:
             raise ConfigError(f'{owner}: `kernel_size` must be odd, got {kernel_size!r}.')
         self.head = head
         self.head_channels = head_channels
@@ -97,11 +102,21 @@ class TeacherHeadConnector(Connector):
             'in_channels': in_channels,
             'kernel_size': kernel_size,
             'padding': kernel_size // 2,
-            'norm_cfg': dict(norm_cfg or {'type': 'BN'}),
-            'act_cfg': dict(act_cfg or {'type': 'ReLU'}),
+            'norm_cfg': {'type': 'BN'} if norm_cfg is None else dict(norm_cfg),
+            'act_cfg': {'type': 'ReLU'} if act_cfg is None else dict(act_cfg),
         }
         self.projection: nn.Module | None = None
         self._borrowed = _Borrowed()
+        self._step = 0
+
+    def set_progress(self, step: int, last: int) -> None:
+        """Follow the training, for the random stream.
+
+        Args:
+            step: iterations done so far.
+            last: those of the whole training.
+        """
+        self._step = step
 
     def attach(self, network: nn.Module) -> None:
         """Take the head from the teacher's network, and build the projection to its width.
@@ -120,13 +135,20 @@ class TeacherHeadConnector(Connector):
             )
         head = modules[self.head]
         if self.projection is None:
-            width = self.head_channels or _expected_width(head)
+            expected = _expected_width(head)
+            if None not in (expected, self.head_channels) and expected != self.head_channels:
+                raise ConfigError(
+                    f'{owner}: `head_channels` must be the {expected} channels that {self.head!r} expects, '
+                    f'got {self.head_channels}. Leave it out.'
+                )
+            width = self.head_channels or expected
             if width is None:
                 raise ConfigError(
                     f'{owner}: `head_channels` must be given for {self.head!r}, got None: '
                     f'no layer of {type(head).__name__} says which width it expects.'
                 )
             self.head_channels = width
+            check_layers(owner, width, norm_cfg=self._settings['norm_cfg'], act_cfg=self._settings['act_cfg'])
             self.projection = ConvModule(out_channels=width, **self._settings)
         self._borrowed = _Borrowed(head)
 
@@ -139,7 +161,7 @@ class TeacherHeadConnector(Connector):
                 f'{owner}: `attach` must be called with the teacher before the first forward, got no call yet. '
                 'It needs a teacher that is a network.'
             )
-        check_ndim(owner, 'student', student, 4, '(B, C, H, W)')
+        check_input(owner, student, self._settings['in_channels'])
         feature = self.projection(student)
         # The teacher is in eval all the time; whoever changed that gets it back as it was.
         training = [module for module in head.modules() if module.training]
@@ -147,7 +169,8 @@ class TeacherHeadConnector(Connector):
             module.training = False
         try:
             frozen = {name: parameter.detach() for name, parameter in head.named_parameters()}
-            out = functional_call(head, frozen, (feature,))
+            with own_stream(feature.device, self._step):
+                out = functional_call(head, frozen, (feature,))
         finally:
             for module in training:
                 module.training = True

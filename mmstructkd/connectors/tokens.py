@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from mmstructkd.connectors.base import Connector, check_width
-from mmstructkd.errors import ConfigError, ShapeError, check_ndim
+from mmstructkd.connectors.base import MAX_WIDTH, Connector, check_width, check_widths
+from mmstructkd.errors import ConfigError, ShapeError, check_count, check_ndim
 from mmstructkd.functional.resize import resize_map
 from mmstructkd.registry import MODELS
 
@@ -53,8 +53,8 @@ def _by_side(owner: str, argument: str, value: Any) -> dict[str, Any]:
     """Split an argument that may differ between the two networks."""
     if not isinstance(value, Mapping):
         return dict.fromkeys(_SIDES, value)
-    if not set(value) <= set(_SIDES):
-        raise ConfigError(f"{owner}: `{argument}` must have the keys 'student' and 'teacher', got {sorted(value)}.")
+    if not value or not set(value) <= set(_SIDES):
+        raise ConfigError(f"{owner}: `{argument}` must have the keys 'student' and 'teacher', got {list(value)}.")
     return {side: value.get(side) for side in _SIDES}
 
 
@@ -107,6 +107,8 @@ class TokensToMapConnector(Connector):
     ) -> None:
         super().__init__()
         owner = type(self).__name__
+        check_widths(owner, 'in_channels', in_channels)
+        check_widths(owner, 'out_channels', out_channels)
         self.grid = _by_side(owner, 'grid', grid)
         for value in self.grid.values():
             if value is None:
@@ -117,8 +119,7 @@ class TokensToMapConnector(Connector):
                 check_width(owner, 'grid', side)
         self.extra_tokens = {k: 0 if v is None else v for k, v in _by_side(owner, 'extra_tokens', extra_tokens).items()}
         for value in self.extra_tokens.values():
-            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-                raise ConfigError(f'{owner}: `extra_tokens` must be an integer of at least 0, got {value!r}.')
+            check_count(owner, 'extra_tokens', value, 0, maximum=MAX_WIDTH)
         self.input_size: tuple[int, int] | None = None
 
     def forward(self, students: list[Tensor], teachers: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:

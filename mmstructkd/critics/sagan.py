@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.parametrizations import spectral_norm
 
-from mmstructkd.errors import ConfigError, ShapeError, check_ndim
+from mmstructkd.critics.input_norm import JointBatchNorm
+from mmstructkd.errors import ConfigError, ShapeError, check_count, check_flag, check_ndim, is_count
 from mmstructkd.registry import MODELS
 
 __all__ = ['SAGANCritic', 'SpatialSelfAttention']
@@ -24,6 +25,9 @@ __all__ = ['SAGANCritic', 'SpatialSelfAttention']
 _SMALLEST_SIDE = 64
 # What smaller maps are enlarged to: the published input, a 512 x 512 crop at stride 8.
 _PUBLISHED_SIDE = 65
+_LARGEST_SIDE = 4096
+#: More than any map or critic has; numbers above are slips that would fill the memory.
+MAX_WIDTH, MAX_BASE = 2**16, 1024
 
 
 class SpatialSelfAttention(nn.Module):
@@ -61,38 +65,6 @@ class SpatialSelfAttention(nn.Module):
         return out
 
 
-class _InputBatchNorm(nn.Module):
-    """BatchNorm over the channels of the maps.
-
-    Not a subclass of torch's: ``sync_bn`` would turn that into SyncBatchNorm,
-    which has no second derivative, and the gradient penalty would fail.
-    """
-
-    running_mean: Tensor
-    running_var: Tensor
-
-    def __init__(self, channels: int, momentum: float = 0.1, eps: float = 1e-5) -> None:
-        super().__init__()
-        self.momentum = momentum
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(channels))
-        self.bias = nn.Parameter(torch.zeros(channels))
-        self.register_buffer('running_mean', torch.zeros(channels))
-        self.register_buffer('running_var', torch.ones(channels))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return functional.batch_norm(
-            x,
-            self.running_mean,
-            self.running_var,
-            self.weight,
-            self.bias,
-            training=self.training,
-            momentum=self.momentum,
-            eps=self.eps,
-        )
-
-
 @MODELS.register_module()
 class SAGANCritic(nn.Module):
     """Scores whole maps: how much they look like the teacher's.
@@ -119,7 +91,8 @@ class SAGANCritic(nn.Module):
             0: not conditional.
         base_channels: width of the first block; each next one doubles it.
         batch_norm: normalise the map's channels first. In training the
-            statistics are those of the batch, teacher and student apart.
+            statistics are those of the batch over all processes
+            (:class:`~mmstructkd.critics.JointBatchNorm`), teacher and student apart.
         size: work at this size, a side or (h, w), each at least 64. ``None``:
             at the map's own, within the bounds above.
         max_side: the longest side that is taken as it is, at least 65.
@@ -159,17 +132,18 @@ class SAGANCritic(nn.Module):
             size=size,
             max_side=max_side,
         )
-        _check_count(owner, 'in_channels', in_channels, 1)
-        _check_count(owner, 'image_channels', image_channels, 0)
-        _check_count(owner, 'base_channels', base_channels, 1)
-        _check_count(owner, 'max_side', max_side, _PUBLISHED_SIDE)
+        check_count(owner, 'in_channels', in_channels, maximum=MAX_WIDTH)
+        check_count(owner, 'image_channels', image_channels, 0, maximum=MAX_WIDTH)
+        check_count(owner, 'base_channels', base_channels, maximum=MAX_BASE)
+        check_flag(owner, 'batch_norm', batch_norm)
+        check_count(owner, 'max_side', max_side, _PUBLISHED_SIDE)
         self.in_channels = in_channels
         self.image_channels = image_channels
         self.max_side = max_side
         self.size = _as_size(owner, size)
 
         widths = [base_channels * factor for factor in (1, 2, 4, 8)]
-        self.input_norm = _InputBatchNorm(in_channels) if batch_norm else nn.Identity()
+        self.input_norm = JointBatchNorm(in_channels) if batch_norm else nn.Identity()
         self.block1 = self._make_block(in_channels + image_channels, widths[0])
         self.block2 = self._make_block(widths[0], widths[1])
         self.block3 = self._make_block(widths[1], widths[2])
@@ -245,20 +219,16 @@ def _resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
     return functional.interpolate(maps, size=size, mode='bilinear', align_corners=False, antialias=shrinks)
 
 
-def _check_count(owner: str, argument: str, value: int, minimum: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise ConfigError(f'{owner}: `{argument}` must be an integer of at least {minimum}, got {value!r}.')
-
-
 def _as_size(owner: str, size: int | Sequence[int] | None) -> tuple[int, int] | None:
     if size is None:
         return None
     sides = tuple(size) if isinstance(size, Sequence) else (size, size)
-    whole = all(isinstance(side, int) and not isinstance(side, bool) for side in sides)
-    if len(sides) != 2 or not whole or min(sides) < _SMALLEST_SIDE:
+    whole = all(map(is_count, sides))
+    if len(sides) != 2 or not whole or not _SMALLEST_SIDE <= min(sides) <= max(sides) <= _LARGEST_SIDE:
         raise ConfigError(
             f'{owner}: `size` must be a side or (h, w) of at least {_SMALLEST_SIDE} each, got {size!r}. '
-            'Four strided convolutions and a 4 x 4 kernel need as much.'
+            'Four strided convolutions and a 4 x 4 kernel need as much; '
+            f'above {_LARGEST_SIDE} the attention fills any memory.'
         )
     return sides[0], sides[1]
 

@@ -6,6 +6,8 @@ from typing import Any
 
 from mmseg.datasets import BaseSegDataset
 
+from mmstructkd.datasets.files import check_first_label, check_suffix, reading
+from mmstructkd.errors import ConfigError
 from mmstructkd.registry import DATASETS
 
 __all__ = ['CamVidDataset']
@@ -27,6 +29,9 @@ class CamVidDataset(BaseSegDataset):
         img_suffix: ending of the image files.
         seg_map_suffix: ending of the label files.
         **kwargs: of mmseg's :class:`BaseSegDataset`.
+
+    Raises:
+        ConfigError: there is no image of that ending, or none has a label.
     """
 
     METAINFO = dict(
@@ -59,4 +64,21 @@ class CamVidDataset(BaseSegDataset):
     )
 
     def __init__(self, img_suffix: str = '.jpg', seg_map_suffix: str = '.png', **kwargs: Any) -> None:
+        check_suffix(type(self).__name__, 'img_suffix', img_suffix)
+        check_suffix(type(self).__name__, 'seg_map_suffix', seg_map_suffix)
         super().__init__(img_suffix=img_suffix, seg_map_suffix=seg_map_suffix, **kwargs)
+
+    def load_data_list(self) -> list[dict]:
+        """List the images; none is an error, where mmseg makes an empty dataset of it."""
+        owner, images = type(self).__name__, self.data_prefix.get('img_path')
+        with reading(owner, 'data_prefix', images):
+            listed = super().load_data_list()
+        if not listed:
+            raise ConfigError(
+                f'{owner}: `data_prefix` and `img_suffix` must name images, got {images!r} and {self.img_suffix!r}. '
+                'Is data_root right?'
+            )
+        label = listed[0].get('seg_map_path')
+        if label is not None:
+            check_first_label(owner, 'seg_map_suffix', self.seg_map_suffix, label, self.backend_args)
+        return listed

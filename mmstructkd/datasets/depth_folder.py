@@ -8,6 +8,7 @@ from typing import Any
 from mmengine.fileio import join_path, list_dir_or_file, list_from_file
 from mmseg.datasets import BaseSegDataset
 
+from mmstructkd.datasets.files import check_first_label, check_prefix, check_suffix, reading
 from mmstructkd.errors import ConfigError
 from mmstructkd.registry import DATASETS
 
@@ -48,8 +49,13 @@ class DepthFolderDataset(BaseSegDataset):
         depth_map_suffix: str = '.png',
         **kwargs: Any,
     ) -> None:
+        owner = type(self).__name__
+        check_suffix(owner, 'img_suffix', img_suffix)
+        check_suffix(owner, 'depth_map_suffix', depth_map_suffix)
+        prefix = dict(img_path='img', depth_map_path='depth') if data_prefix is None else data_prefix
+        check_prefix(owner, prefix, ('img_path', 'depth_map_path'))
         super().__init__(
-            data_prefix=data_prefix or dict(img_path='img', depth_map_path='depth'),
+            data_prefix=prefix,
             img_suffix=img_suffix,
             seg_map_suffix=depth_map_suffix,
             **kwargs,
@@ -58,17 +64,19 @@ class DepthFolderDataset(BaseSegDataset):
     def load_data_list(self) -> list[dict]:
         """List the images; the depth map of each has its name."""
         images, depths = self.data_prefix['img_path'], self.data_prefix['depth_map_path']
-        names = sorted(
-            list_dir_or_file(
-                images, list_dir=False, suffix=self.img_suffix, recursive=True, backend_args=self.backend_args
+        owner = type(self).__name__
+        with reading(owner, 'data_prefix', images):
+            names = sorted(
+                list_dir_or_file(
+                    images, list_dir=False, suffix=self.img_suffix, recursive=True, backend_args=self.backend_args
+                )
             )
-        )
         if not names:
             raise ConfigError(
-                f'{type(self).__name__}: `data_prefix` must name a folder with images (*{self.img_suffix}), got '
-                f'{images!r}. Is data_root right?'
+                f'{owner}: `data_prefix` must name a folder with images (*{self.img_suffix}), got '
+                f'{images!r}. Is data_root right, and `img_suffix`?'
             )
-        return [
+        listed = [
             dict(
                 img_path=join_path(images, name),
                 depth_map_path=join_path(depths, name[: -len(self.img_suffix)] + self.seg_map_suffix),
@@ -76,6 +84,9 @@ class DepthFolderDataset(BaseSegDataset):
             )
             for name in names
         ]
+        first = listed[0]['depth_map_path']
+        check_first_label(owner, 'depth_map_suffix', self.seg_map_suffix, first, self.backend_args)
+        return listed
 
 
 @DATASETS.register_module()
@@ -106,13 +117,16 @@ class KITTIEigenDataset(DepthFolderDataset):
                 f'{type(self).__name__}: `ann_file` must name a list of the Eigen split, got {ann_file!r}. '
                 "Example: ann_file='kitti_eigen_train.txt'."
             )
-        prefix = data_prefix or dict(img_path='input', depth_map_path='gt_depth')
+        prefix = dict(img_path='input', depth_map_path='gt_depth') if data_prefix is None else data_prefix
+        check_prefix(type(self).__name__, prefix, ('img_path', 'depth_map_path'))
         super().__init__(ann_file=ann_file, data_prefix=prefix, **kwargs)
 
     def load_data_list(self) -> list[dict]:
         """Read the list; lines without a depth map are left out."""
         listed = []
-        for number, line in enumerate(list_from_file(self.ann_file, backend_args=self.backend_args), start=1):
+        with reading(type(self).__name__, 'ann_file', self.ann_file):
+            lines = list_from_file(self.ann_file, backend_args=self.backend_args)
+        for number, line in enumerate(lines, start=1):
             words = line.split()
             if not words:
                 continue

@@ -7,7 +7,7 @@ from typing import Any
 
 from mmcv.transforms import BaseTransform
 
-from mmstructkd.errors import ConfigError, check_one_of
+from mmstructkd.errors import ConfigError, check_one_of, is_count, is_finite_number
 from mmstructkd.registry import TRANSFORMS
 
 __all__ = ['BottomCrop', 'DepthWindow']
@@ -37,7 +37,7 @@ class BottomCrop(BaseTransform):
 
     def __init__(self, crop_size: Sequence[int] = (352, 1216)) -> None:
         sides = tuple(crop_size) if isinstance(crop_size, Sequence) else (crop_size,)
-        if len(sides) != 2 or any(isinstance(side, bool) or not isinstance(side, int) or side < 1 for side in sides):
+        if len(sides) != 2 or any(not is_count(side) or side < 1 for side in sides):
             raise ConfigError(
                 f'{type(self).__name__}: `crop_size` must be two integers above 0, (height, width), got {crop_size!r}.'
             )
@@ -85,8 +85,9 @@ class DepthWindow(BaseTransform):
             check_one_of(owner, 'window', window, tuple(WINDOWS))
             shares: tuple[float, ...] = WINDOWS[window]
         else:
-            shares = tuple(window)
-            if len(shares) != 4 or not (0 <= shares[0] < shares[1] <= 1 and 0 <= shares[2] < shares[3] <= 1):
+            shares = tuple(window) if isinstance(window, (list, tuple)) else ()
+            numbers = len(shares) == 4 and all(map(is_finite_number, shares))
+            if not numbers or not (0 <= shares[0] < shares[1] <= 1 and 0 <= shares[2] < shares[3] <= 1):
                 raise ConfigError(
                     f'{owner}: `window` must be four shares within [0, 1], first row, end row, first column, end '
                     f'column, got {window!r}.'

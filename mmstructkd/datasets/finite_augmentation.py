@@ -13,12 +13,14 @@ import numpy as np
 import torch
 from mmcv.transforms import BaseTransform, Compose
 
-from mmstructkd.errors import ConfigError
+from mmstructkd.errors import ConfigError, check_count, shown
 from mmstructkd.registry import TRANSFORMS
 
 __all__ = ['FiniteAugmentation']
 
 VIEW = 'augmentation_view'
+#: What numpy draws from.
+MAX_VIEWS = 2**31
 SAMPLE = ('img_path', 'img_id', 'sample_idx')
 
 
@@ -79,12 +81,16 @@ class FiniteAugmentation(BaseTransform):
     repeatable = True
 
     def __init__(self, transforms: Sequence[Any], views: int = 8, seed: int = 0) -> None:
-        for name, value, least in (('views', views, 1), ('seed', seed, 0)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ConfigError(
-                    f'FiniteAugmentation: `{name}` must be a whole number of at least {least}, got {value!r}.'
-                )
-        self.transforms = Compose(list(transforms))
+        owner = type(self).__name__
+        check_count(owner, 'views', views, maximum=MAX_VIEWS)
+        check_count(owner, 'seed', seed, 0)
+        try:
+            self.transforms = Compose(list(transforms))
+        except Exception as err:  # whatever mmcv trips over
+            raise ConfigError(
+                f'{owner}: `transforms` must be a list of configs of transforms, got {shown(transforms)}. '
+                f'{type(err).__name__}: {err}'
+            ) from err
         self.views, self.seed = views, seed
 
     def transform(self, results: dict) -> dict | None:

@@ -5,13 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from mmstructkd.datasets.scenes import Scene, render_scene
-from mmstructkd.errors import ConfigError, check_one_of
+from mmstructkd.errors import ConfigError, check_count, check_flag, check_one_of, is_count, shown
 
 __all__ = ['SPLIT_SIZE', 'SceneSource']
 
 SPLIT_SIZE = 1_000_000
 """Scenes of a split; the splits are neighbouring ranges of indices, so they share no scene."""
 
+#: Sides of an image: below nothing can be told apart, above a slip would fill the memory.
+SMALLEST, LARGEST = 16, 2**14
 _SPLITS = ('train', 'val', 'test')
 
 
@@ -33,13 +35,18 @@ class SceneSource:
 
     def __init__(self, owner: str, split: str, num_scenes: int, seed: int, size: tuple[int, int], cache: bool) -> None:
         check_one_of(owner, 'split', split, _SPLITS)
-        whole = isinstance(num_scenes, int) and not isinstance(num_scenes, bool)
-        if not whole or not 0 < num_scenes <= SPLIT_SIZE:
+        check_count(owner, 'seed', seed, 0)
+        check_flag(owner, 'cache', cache)
+        if not isinstance(size, (list, tuple)) or len(size) != 2:
+            raise ConfigError(f'{owner}: `size` must be (height, width), got {shown(size)}.')
+        for axis, side in enumerate(size):
+            check_count(owner, f'size[{axis}]', side, SMALLEST, maximum=LARGEST)
+        if not is_count(num_scenes) or not 0 < num_scenes <= SPLIT_SIZE:
             raise ConfigError(f'{owner}: `num_scenes` must be an integer in 1..{SPLIT_SIZE}, got {num_scenes!r}.')
         self.first = _SPLITS.index(split) * SPLIT_SIZE
         self.num_scenes = num_scenes
         self.seed = seed
-        self.size = size
+        self.size = tuple(size)
         self.cache = cache
         self._scenes: dict[int, Scene] = {}
         self.render(self.first)  # a bad seed or size shows here, not in a worker

@@ -7,10 +7,15 @@ from typing import Any
 import numpy as np
 from mmcv.transforms import BaseTransform, LoadImageFromFile
 
-from mmstructkd.errors import ConfigError
+from mmstructkd.errors import ConfigError, check_one_of
 from mmstructkd.registry import TRANSFORMS
 
 __all__ = ['LoadScene', 'LoadSceneAnnotations']
+
+
+#: What mmcv reads files by.
+COLOR_TYPES = ('color', 'grayscale', 'unchanged', 'color_ignore_orientation', 'grayscale_ignore_orientation')
+DECODERS = ('cv2', 'pillow', 'tifffile', 'turbojpeg')
 
 
 @TRANSFORMS.register_module()
@@ -24,14 +29,30 @@ class LoadScene(LoadImageFromFile):
     (H, W, 3)), ``img_shape``, ``ori_shape``, ``height``, ``width``, ``scale_factor``.
 
     Args:
+        color_type: of the image of a file, see :func:`mmcv.imfrombytes`.
+        imdecode_backend: what decodes a file, likewise.
         **kwargs: of mmcv's :class:`LoadImageFromFile`, for files.
+
+    Raises:
+        ConfigError: an unknown colour type or decoder.
     """
+
+    #: What mmcv's loader needs behind it to leave the same keys; for configs without this package.
+    plain_after = (dict(type='Resize', scale_factor=1.0),)
+
+    def __init__(self, *, color_type: str = 'color', imdecode_backend: str = 'cv2', **kwargs: Any) -> None:
+        check_one_of(type(self).__name__, 'color_type', color_type, COLOR_TYPES)
+        check_one_of(type(self).__name__, 'imdecode_backend', imdecode_backend, DECODERS)
+        super().__init__(color_type=color_type, imdecode_backend=imdecode_backend, **kwargs)
 
     def transform(self, results: dict) -> dict | None:
         """Add the image to ``results``."""
         scene = results.get('scene')
         if scene is None:
-            return super().transform(results)
+            loaded = super().transform(results)
+            if loaded is not None:
+                loaded.setdefault('scale_factor', (1.0, 1.0))
+            return loaded
         # a copy: the scene may be cached, and transforms write into the image
         image = scene.image.astype(np.float32) if self.to_float32 else scene.image.copy()
         results['img'] = image

@@ -13,7 +13,7 @@ from mmcv.cnn.bricks import wrappers
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
-from mmstructkd.errors import ConfigError, check_one_of
+from mmstructkd.errors import check_flag, check_one_of
 from mmstructkd.taps import Regions, Tap, in_features, in_region_head, run_tapped, tapped_forward
 
 __all__ = ['DTYPES', 'Execution']
@@ -91,9 +91,9 @@ class Execution:
     def __init__(self, *, dtype: str | None = None, channels_last: bool | None = None, compiled: bool = False) -> None:
         if dtype is not None:
             check_one_of('FrozenTeacher', 'dtype', dtype, tuple(DTYPES))
-        for name, flag in (('channels_last', channels_last), ('compile', compiled)):
-            if not (isinstance(flag, bool) or (flag is None and name == 'channels_last')):
-                raise ConfigError(f'FrozenTeacher: `{name}` must be True or False, got {flag!r}.')
+        if channels_last is not None:
+            check_flag('FrozenTeacher', 'channels_last', channels_last)
+        check_flag('FrozenTeacher', 'compile', compiled)
         self.dtype, self.compiled = dtype, compiled
         self.channels_last = self.low is not None if channels_last is None else channels_last
         self._cast: nn.Module | None = None
@@ -169,9 +169,7 @@ class Execution:
                     prepared, inputs, data_samples, taps, calls=calls, clone=clone, regions=regions, route=route
                 )
                 records = capture.records
-        if self.low is None:
-            return records
-        # Connectors that take the teacher's side, and resizing, are no place for half precision.
+        # Connectors that take the teacher's side, and resizing, are no place for half precision, whoever asked for it.
         return {tap: [_at_least_float32(tensor) for tensor in tensors] for tap, tensors in records.items()}
 
     def _prepared(self, network: nn.Module) -> nn.Module:

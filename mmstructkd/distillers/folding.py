@@ -110,7 +110,7 @@ def fold_batch_norm(network: nn.Module, run: Callable[[], Any], keep: Collection
         _fold(convolution, norm)
         for name in names[norm]:
             parent, _, leaf = name.rpartition('.')
-            setattr(network.get_submodule(parent), leaf, nn.Identity())
+            setattr(network.get_submodule(parent), leaf, nn.Identity().eval())
             folded[name] = names[convolution][0]
     return folded
 

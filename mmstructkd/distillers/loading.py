@@ -5,17 +5,21 @@ from __future__ import annotations
 import copy
 import hashlib
 import inspect
+import logging
 from collections.abc import Collection, Mapping
 from typing import Any
 
 from mmengine.config import Config, ConfigDict
+from mmengine.logging import print_log
+from mmengine.model import BaseModel
 from mmengine.registry import DefaultScope
 from mmengine.runner import Runner
-from torch import Tensor, nn
+from torch import nn
 
-from mmstructkd.compat import local_checkpoint, read_checkpoint
+from mmstructkd.checkpoints import ON_COMMAND_LINE, local_checkpoint, read_checkpoint
 from mmstructkd.errors import CheckpointError, ConfigError
-from mmstructkd.registry import MODELS
+from mmstructkd.registry import build_part
+from mmstructkd.weights import check_values, describe_mismatch, take_prefix, tensors_in
 
 __all__ = ['build_network', 'file_hash', 'load_student', 'load_weights', 'student_config']
 
@@ -23,7 +27,7 @@ DISTILLER = 'mmstructkd.StructuredDistiller'
 
 
 def student_config(cfg: Config) -> Config:
-    """Return the plain config of the student inside a distilling config.
+    """Return the config with which the student inside a distilling config runs, tests and predicts.
 
     Args:
         cfg: any config.
@@ -32,21 +36,34 @@ def student_config(cfg: Config) -> Config:
         A copy whose model is the student and that needs mmstructkd for
         nothing but what it names; a plain config is returned as it is.
     """
-    if cfg.model.get('type') not in (DISTILLER, DISTILLER.split('.')[-1]):
+    model = cfg.get('model')
+    if not isinstance(model, Mapping) or not _distils(model):
         return cfg
     plain = copy.deepcopy(cfg)
-    student = copy.deepcopy(cfg.model.student)
-    if cfg.model.get('data_preprocessor') is not None:
-        student.setdefault('data_preprocessor', cfg.model.data_preprocessor)
+    student = copy.deepcopy(model.student)
+    if model.get('data_preprocessor') is not None:
+        student.setdefault('data_preprocessor', model.data_preprocessor)
     plain.model = student
-    _drop_own_import(plain)
+    drop_own_import(plain)
     return plain
 
 
-def _drop_own_import(cfg: Config) -> None:
-    """Take mmstructkd out of ``custom_imports`` where nothing that a runner builds needs it."""
+def _distils(model: Mapping[str, Any]) -> bool:
+    """Whether a model's config is a distiller's; one of the user's own has the same parts."""
+    if own_name(model.get('type')) == DISTILLER.split('.')[-1] or model.get('type') == DISTILLER.split('.')[-1]:
+        return True
+    return isinstance(model.get('student'), Mapping) and 'teacher' in model and 'terms' in model
+
+
+def drop_own_import(cfg: Config, *, always: bool = False) -> None:
+    """Take mmstructkd out of ``custom_imports`` where nothing that a runner builds needs it.
+
+    Args:
+        cfg: the config, changed in place.
+        always: where something needs it as well.
+    """
     settings = cfg.get('custom_imports')
-    if not settings or _names_own(cfg, inspect.signature(Runner).parameters):
+    if not settings or not (always or not _names_own(cfg, inspect.signature(Runner).parameters)):
         return
     imports = settings['imports']
     left = [name for name in ([imports] if isinstance(imports, str) else imports) if name.split('.')[0] != 'mmstructkd']
@@ -56,13 +73,29 @@ def _drop_own_import(cfg: Config) -> None:
         cfg.pop('custom_imports')
 
 
+def own_name(value: Any) -> str | None:
+    """Name of a class of mmstructkd, where a value of a config names one.
+
+    Args:
+        value: ``'mmstructkd.X'``, or the class itself, as configs in Python's own syntax have it.
+
+    Returns:
+        ``'X'``, or ``None``.
+    """
+    if isinstance(value, type):
+        value = f'{value.__module__}.{value.__name__}'
+    if not isinstance(value, str) or not value.startswith('mmstructkd.'):
+        return None
+    return value.rpartition('.')[2]
+
+
 def _names_own(value: Any, keys: Collection[str] | None = None) -> bool:
     """Whether a ``type`` of mmstructkd stands in (some keys of) a config."""
     if isinstance(value, (Config, Mapping)):
         return any(_names_own(item) for key, item in value.items() if keys is None or key in keys)
     if isinstance(value, (list, tuple)):
         return any(_names_own(item) for item in value)
-    return isinstance(value, str) and value.startswith('mmstructkd.')
+    return own_name(value) is not None
 
 
 def model_config(config: str | Mapping[str, Any], owner: str) -> ConfigDict:
@@ -84,8 +117,10 @@ def model_config(config: str | Mapping[str, Any], owner: str) -> ConfigDict:
             # Config.fromfile knows `scope::path` as a base only; mmengine.hub would call pip for a missing package.
             path = Config._get_cfg_path(config, '')[0] if '::' in config else config
             cfg = student_config(Config.fromfile(path))
-        except (AssertionError, AttributeError, ImportError, KeyError, OSError, ValueError) as err:
-            raise ConfigError(f'{owner}: `config` must be a readable config, got {config!r} ({err}).') from err
+        except Exception as err:
+            # A config is a program: anything may stop it.
+            reason = (str(err).strip().splitlines() or [type(err).__name__])[0]
+            raise ConfigError(f'{owner}: `config` must be a readable config, got {config!r} ({reason}).') from err
     elif isinstance(config, Mapping):
         whole = 'model' in config and 'type' not in config
         cfg = Config(copy.deepcopy(dict(config)) if whole else {'model': copy.deepcopy(dict(config))})
@@ -139,8 +174,16 @@ def build_network(config: str | Mapping[str, Any], owner: str) -> nn.Module:
 
     Returns:
         The network.
+
+    Raises:
+        ConfigError: it cannot be built, or is none of mmengine's.
     """
-    return MODELS.build(model_config(config, owner))
+    made: nn.Module = build_part(
+        owner, 'config', model_config(config, owner), what='network', example="'mmseg::...'", known=BaseModel
+    )
+    if not isinstance(made, BaseModel):
+        raise ConfigError(f'{owner}: `config` must be of a network of mmengine, got {type(made).__name__}.')
+    return made
 
 
 def file_hash(path: str) -> str:
@@ -153,7 +196,15 @@ def file_hash(path: str) -> str:
 
 
 def load_weights(
-    network: nn.Module, checkpoint: str, *, owner: str, allow_random: bool = False, trust_checkpoint: bool = False
+    network: nn.Module,
+    checkpoint: str,
+    *,
+    owner: str,
+    allow_random: bool = False,
+    trust_checkpoint: bool = False,
+    how: str = ON_COMMAND_LINE,
+    prefix: str = '',
+    prefix_key: str | None = None,
 ) -> str:
     """Fill ``network`` from a checkpoint; every parameter must come from it.
 
@@ -163,25 +214,35 @@ def load_weights(
         owner: who asks, for the message.
         allow_random: let parameters keep their random values.
         trust_checkpoint: allow a file whose reading runs code.
+        how: what the user writes to allow it, for the message.
+        prefix: take the part of the checkpoint whose keys begin so, without that.
+        prefix_key: how the user sets it, see :func:`~mmstructkd.weights.describe_mismatch`.
 
     Returns:
         SHA-256 of the file.
 
     Raises:
-        CheckpointError: the file cannot be read safely, or does not fit; the
-            message lists what is missing, unexpected or of another shape.
+        CheckpointError: the file cannot be read safely, or does not fit (the
+            message has what is missing, unexpected or of another shape), or its
+            values cannot be those of a trained network.
     """
     path = local_checkpoint(checkpoint)
-    content = read_checkpoint(path, trust=trust_checkpoint)
-    weights = content.get('state_dict', content)
-    weights = {k.removeprefix('module.'): v for k, v in weights.items() if isinstance(v, Tensor)}
+    weights = tensors_in(read_checkpoint(path, trust=trust_checkpoint, how=how), owner, checkpoint)
     own = network.state_dict()
-    missing = [k for k in own if k not in weights and not k.endswith('num_batches_tracked')]
-    unexpected = [k for k in weights if k not in own and not k.startswith('data_preprocessor.')]
-    misshapen = [k for k in own if k in weights and own[k].shape != weights[k].shape]
-    if (missing or unexpected or misshapen) and not allow_random:
-        raise CheckpointError(_mismatch(owner, checkpoint, own, weights, missing, unexpected, misshapen))
-    fitting = {k: v for k, v in weights.items() if k in own and k not in misshapen}
+    if prefix:
+        weights = take_prefix(weights, prefix, own, owner)
+    mismatch = describe_mismatch(owner, checkpoint, own, weights, prefix_key)
+    if mismatch and not allow_random:
+        raise CheckpointError(mismatch)
+    fitting = {key: value for key, value in weights.items() if key in own and value.shape == own[key].shape}
+    check_values(network, fitting, owner, checkpoint)
+    if mismatch:
+        print_log(
+            f'{owner}: of {len(own)} tensors {len(fitting)} come from {checkpoint!r}, the others stay random '
+            '(allow_random=True).',
+            'current',
+            level=logging.WARNING,
+        )
     network.load_state_dict(fitting, strict=False)
     return file_hash(path)
 
@@ -205,30 +266,5 @@ def load_student(cfg: Config, checkpoint: str, *, owner: str, trust_checkpoint: 
     plain = student_config(cfg)
     network = build_network({key: plain.get(key) for key in ('model', 'default_scope', 'data_preprocessor')}, owner)
     load_weights(network, checkpoint, owner=owner, trust_checkpoint=trust_checkpoint)
-    return network.eval()
-
-
-def _mismatch(
-    owner: str,
-    checkpoint: str,
-    own: Mapping[str, Tensor],
-    weights: Mapping[str, Tensor],
-    missing: list[str],
-    unexpected: list[str],
-    misshapen: list[str],
-) -> str:
-    """Say in full what does not fit."""
-    lines = [
-        f'{owner}: `checkpoint` must give every parameter of the config, got {checkpoint!r} with '
-        f'{len(missing)} missing, {len(unexpected)} unexpected and {len(misshapen)} of another shape.'
-    ]
-    for k in misshapen:
-        if k.rsplit('.', 2)[-2] in ('conv_seg', 'fc_cls', 'cls') and own[k].shape[1:] == weights[k].shape[1:]:
-            lines.append(
-                f'  The checkpoint has {weights[k].shape[0]} classes, the config num_classes={own[k].shape[0]} ({k}).'
-            )
-    lines += [f'  missing: {k} {tuple(own[k].shape)}' for k in missing]
-    lines += [f'  unexpected: {k} {tuple(weights[k].shape)}' for k in unexpected]
-    lines += [f'  shape: {k} is {tuple(weights[k].shape)}, must be {tuple(own[k].shape)}' for k in misshapen]
-    lines.append('Use the config this checkpoint was trained with (allow_random=True lets the rest stay random).')
-    return '\n'.join(lines)
+    network.eval()  # which need not return the network
+    return network

@@ -26,13 +26,16 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from mmstructkd import compat
+from mmstructkd.checkpoints import IN_CONFIG, consented, read_checkpoint, trusts
 from mmstructkd.distillers.batches import training_info
+from mmstructkd.distillers.class_names import check_class_names, names_of_config, names_of_teacher
 from mmstructkd.distillers.loading import DISTILLER, _drop_pretrained
 from mmstructkd.distillers.probing import explain_cut
 from mmstructkd.distillers.structured_distiller import Observation, StructuredDistiller
 from mmstructkd.distillers.term import Term
 from mmstructkd.errors import CheckpointError, ConfigError, TapError
 from mmstructkd.registry import MODELS
+from mmstructkd.weights import tensors_in
 
 __all__ = [
     'CostReport',
@@ -238,7 +241,7 @@ def build_distiller(cfg: Config, *, random_init: bool = False) -> StructuredDist
     if random_init and isinstance(model.get('student'), Mapping):
         _drop_pretrained(model.student)
     set_random_seed((cfg.get('randomness') or {}).get('seed') or 0)
-    with compat.without_pretrained() if random_init else contextlib.nullcontext():
+    with consented(trusts(cfg), IN_CONFIG), compat.without_pretrained() if random_init else contextlib.nullcontext():
         try:
             with compat.config_at_hand(cfg):
                 distiller = MODELS.build(model)
@@ -250,6 +253,7 @@ def build_distiller(cfg: Config, *, random_init: bool = False) -> StructuredDist
                 f'{OWNER}: a network must be built without downloads with --random-init, got one that needs files '
                 f'({reason}). Put them into the cache first, e.g. by building it once without --random-init.'
             ) from err
+        check_class_names(distiller.terms.values(), names_of_config(cfg), names_of_teacher(distiller.teacher))
         try:
             distiller.init_weights()
         except (AttributeError, KeyError, TypeError) as err:
@@ -257,8 +261,8 @@ def build_distiller(cfg: Config, *, random_init: bool = False) -> StructuredDist
                 raise
             # some networks have an initialiser only for the weights that were left out
             print_log(f'The student stays as it was built: {type(err).__name__}: {err}', 'current', level=30)
-    if cfg.get('load_from') and not random_init:
-        _load_from(distiller, cfg.load_from)
+        if cfg.get('load_from') and not random_init:
+            _load_from(distiller, cfg.load_from)
     if getattr(distiller.teacher, 'cache', None) is not None:
         distiller.teacher.cache = None  # nothing is written here, and what the teacher costs is asked
     return distiller.train()
@@ -266,9 +270,7 @@ def build_distiller(cfg: Config, *, random_init: bool = False) -> StructuredDist
 
 def _load_from(distiller: StructuredDistiller, path: str) -> None:
     """Load the weights that training would start from, as leniently as mmengine does."""
-    content = compat.read_checkpoint(path)
-    weights = content.get('state_dict', content)
-    weights = {key.removeprefix('module.'): value for key, value in weights.items()}
+    weights = tensors_in(read_checkpoint(path), OWNER, path)
     try:
         distiller.load_state_dict(weights, strict=False)
     except RuntimeError as err:

@@ -4,13 +4,26 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
-from mmstructkd.errors import ConfigError, check_finite_number, check_one_of, suggest
+from mmstructkd.errors import (
+    ConfigError,
+    check_count,
+    check_finite_number,
+    check_flag,
+    check_one_of,
+    is_count,
+    shown,
+    suggest,
+)
 
 __all__ = ['WeightSchedule']
 
+#: Arguments that not every type reads.
+READ_BY = {'start_factor': ('linear', 'cosine'), 'milestones': ('step',), 'gamma': ('step',)}
+#: Iterations of any training.
+MAX_STEPS = 10**12
 KINDS = ('constant', 'linear', 'cosine', 'step', 'ramp_up')
 
 
@@ -52,13 +65,27 @@ class WeightSchedule:
     by_epoch: bool = False
 
     def __post_init__(self) -> None:
-        check_one_of('WeightSchedule', 'type', self.type, KINDS)
-        for name in ('begin', 'start_factor', 'end_factor', 'gamma'):
-            check_finite_number('WeightSchedule', name, getattr(self, name), minimum=0)
-        if self.end is not None and self.end <= self.begin:
-            raise ConfigError(f'WeightSchedule: `end` must lie after `begin`={self.begin}, got {self.end}.')
+        owner = 'WeightSchedule'
+        check_one_of(owner, 'type', self.type, KINDS)
+        check_count(owner, 'begin', self.begin, 0, maximum=MAX_STEPS)
+        for name in ('start_factor', 'end_factor', 'gamma'):
+            check_finite_number(owner, name, getattr(self, name), minimum=0)
+        check_flag(owner, 'by_epoch', self.by_epoch)
+        if self.end is not None and not (is_count(self.end) and self.begin < self.end <= MAX_STEPS):
+            raise ConfigError(f'{owner}: `end` must lie after `begin`={self.begin}, got {shown(self.end)}.')
+        if not isinstance(self.milestones, (list, tuple)):
+            raise ConfigError(f'{owner}: `milestones` must be a list of integers, got {shown(self.milestones)}.')
+        for milestone in self.milestones:
+            check_count(owner, 'milestones', milestone, 0)
         if list(self.milestones) != sorted(set(self.milestones)):
-            raise ConfigError(f'WeightSchedule: `milestones` must increase, got {list(self.milestones)}.')
+            raise ConfigError(f'{owner}: `milestones` must increase, got {list(self.milestones)}.')
+        for name, kinds in READ_BY.items():
+            value = getattr(self, name)
+            if self.type not in kinds and value != getattr(WeightSchedule, name):
+                raise ConfigError(
+                    f'{owner}: `{name}` must be left out for type={self.type!r}, got {shown(value)}: '
+                    f'only {" and ".join(map(repr, kinds))} reads it.'
+                )
         if self.type == 'step' and not self.milestones:
             raise ConfigError("WeightSchedule: `milestones` must not be empty for type='step', got ().")
 
@@ -74,16 +101,25 @@ class WeightSchedule:
             The schedule.
 
         Raises:
-            ConfigError: an unknown key.
+            ConfigError: an unknown key, or a value out of range.
         """
-        config = dict(config or {})
+        if config is None:
+            return cls()
+        if not isinstance(config, Mapping):
+            raise ConfigError(
+                f'{owner}: `schedule` must be a dict, got {shown(config)}. '
+                "Example: dict(type='linear', begin=0, end=1000)."
+            )
         known = [f.name for f in fields(cls)]
         for key in config:
             if key not in known:
                 raise ConfigError(
                     f'{owner}: `schedule` must have keys of WeightSchedule, got {key!r}. {suggest(key, known)}'
                 )
-        return cls(**config)
+        try:
+            return cls(**config)
+        except ConfigError as err:
+            raise ConfigError(f'{owner}: {err}') from err
 
     def factor(self, step: int, last: int) -> float:
         """Return the factor.

@@ -7,17 +7,17 @@ import copy
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from mmengine.config import ConfigDict
 from mmengine.logging import print_log
-from mmengine.model import BaseModel
+from mmengine.model import BaseDataPreprocessor, BaseModel
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
-from mmstructkd.compat import alone
+from mmstructkd.compat import alone, prepare_to_resume
 from mmstructkd.distillers.batches import training_info
 from mmstructkd.distillers.probing import (
     Probe,
@@ -29,12 +29,22 @@ from mmstructkd.distillers.probing import (
     probe_sizes,
     probe_student,
 )
-from mmstructkd.distillers.targets import collect_targets, head_of, probe_targets, task_of
+from mmstructkd.distillers.step_record import Fault, StepRecord, explain
+from mmstructkd.distillers.targets import (
+    branches_of,
+    collect_targets,
+    head_of,
+    num_classes_of,
+    probe_targets,
+    task_of,
+)
 from mmstructkd.distillers.teacher import TeacherSource
+from mmstructkd.distillers.term import KEYS as TERM_KEYS
 from mmstructkd.distillers.term import Term, parse_terms
-from mmstructkd.errors import CheckpointError, ConfigError, TapError
+from mmstructkd.errors import CheckpointError, ConfigError, TapError, shown
 from mmstructkd.functional.sharing import sharing
-from mmstructkd.registry import HOOKS, MODELS
+from mmstructkd.optim import for_distiller
+from mmstructkd.registry import HOOKS, MODELS, build_part
 from mmstructkd.structures import Targets
 from mmstructkd.taps import (
     Capture,
@@ -43,6 +53,7 @@ from mmstructkd.taps import (
     Regions,
     Tap,
     in_point_head,
+    pair_stages,
     recorded_points,
     with_points,
 )
@@ -50,7 +61,18 @@ from mmstructkd.taps import (
 __all__ = ['StructuredDistiller']
 
 STUDENT = 'student.'
-RUNNER_HOOKS = ('TermScheduleHook', 'StudentCheckpointHook', 'FiniteLossHook')
+STUDENT_KEYS = (
+    *('backbone', 'neck', 'decode_head', 'auxiliary_head', 'bbox_head', 'rpn_head', 'roi_head', 'mask_head'),
+    *('train_cfg', 'test_cfg', 'pretrained', 'init_cfg'),
+)
+TEACHER_KEYS = ('config', 'checkpoint', 'allow_random', 'trust_checkpoint', 'cache', 'prefix')
+RUNNER_HOOKS = (
+    'TermScheduleHook',
+    'StudentCheckpointHook',
+    'DueValidationHook',
+    'FiniteLossHook',
+    'FiniteCheckpointHook',
+)
 
 
 @contextlib.contextmanager
@@ -120,6 +142,13 @@ class StructuredDistiller(BaseModel):
         CheckpointError: the teacher's checkpoint does not fit.
     """
 
+    #: What configs give the distiller by mistake, and where it belongs.
+    misplaced_arguments: ClassVar[dict[str, str]] = {
+        **dict.fromkeys(STUDENT_KEYS, "It is the student's: begin `model` with _delete_=True, student=_base_.model."),
+        **dict.fromkeys(TERM_KEYS, 'It belongs into a term: terms=dict(<name>=dict(tap=..., loss=...)).'),
+        **dict.fromkeys(TEACHER_KEYS, "It is the teacher's: teacher=dict(config=..., checkpoint=...)."),
+    }
+
     def __init__(
         self,
         student: dict | nn.Module,
@@ -132,18 +161,23 @@ class StructuredDistiller(BaseModel):
         if isinstance(student, dict):
             student = ConfigDict(copy.deepcopy(student))  # some heads write into their config
             if data_preprocessor is not None:
+                _check_preprocessor(data_preprocessor, student.get('_scope_'))
                 student.setdefault('data_preprocessor', data_preprocessor)
-            student = MODELS.build(student)
-        elif not isinstance(student, BaseModel):
+            student = build_part('StructuredDistiller', 'student', student, example='_base_.model', known=BaseModel)
+        if not isinstance(student, BaseModel):
             raise ConfigError(
                 f'StructuredDistiller: `student` must be a config or an mmengine model, got {type(student).__name__}. '
                 'Write student=_base_.model.'
             )
         super().__init__(data_preprocessor=student.data_preprocessor)
         self.student = student
+        self.last_step: StepRecord | None = None
         with random_state_kept():
             self.terms = parse_terms(terms)
             self._check_student_taps()
+            self._stages = pair_stages((t.name, t.student_taps, t.teacher_taps) for t in self.terms.values())
+            for term in self.terms.values():
+                term.branches = branches_of(self.student)
             self._teacher = self._build_teacher(teacher)
             self._teacher.attach(self.student)
             with alone(), training_info():
@@ -157,13 +191,22 @@ class StructuredDistiller(BaseModel):
             return teacher
         if not isinstance(teacher, dict):
             raise ConfigError(
-                f'StructuredDistiller: `teacher` must be a dict, got {teacher!r}. '
+                f'StructuredDistiller: `teacher` must be a dict, got {shown(teacher)}. '
                 "Write teacher=dict(config='mmseg::...', checkpoint='...')."
             )
-        try:
-            return MODELS.build({'type': 'mmstructkd.FrozenTeacher', **teacher})
-        except TypeError as err:
-            raise ConfigError(f'StructuredDistiller: `teacher` cannot be built. {err}') from err
+        source = build_part(
+            'StructuredDistiller',
+            'teacher',
+            {'type': 'mmstructkd.FrozenTeacher', **teacher},
+            example="dict(config='mmseg::...', checkpoint='...')",
+            known=TeacherSource,
+        )
+        if not isinstance(source, TeacherSource):
+            raise ConfigError(
+                f'StructuredDistiller: `teacher` must be a source of tensors, got {type(source).__name__}. '
+                'Leave `type` out: the network goes into teacher=dict(config=...).'
+            )
+        return source
 
     def _check_student_taps(self) -> None:
         """Resolve the student's taps before anything expensive is done."""
@@ -193,8 +236,12 @@ class StructuredDistiller(BaseModel):
                     )
         classes = (_num_classes(self.student), _num_classes(teacher_network))
         known = probe_targets(task_of(self.student), 1, classes[0], tuple(seen.inputs.shape[-2:]))
+        # A random teacher agrees with no ground truth, and is asked for none.
+        trained = getattr(self._teacher, 'checkpoint', '') is not None
         for term in self.terms.values():
-            term.bind(capture.records, observed.records, classes, known, regions, teacher_network)
+            term.bind(
+                capture.records, observed.records, classes, known, regions, teacher_network, self.student, trained
+            )
             for level in term.levels:
                 print_log(
                     f'term {term.name!r}: student {level.student_tap} {level.student}, '
@@ -282,6 +329,8 @@ class StructuredDistiller(BaseModel):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StructuredDistiller:
         """Move the teacher along with ``.to()``, ``.cuda()`` and the like."""
         super()._apply(fn, recurse)
+        for network in _hidden_networks(self.student):
+            network._apply(fn)
         self._teacher.move(fn)
         for term in self.terms.values():
             term.attach(getattr(self._teacher, 'network', None))  # a move may have made a copy of it
@@ -317,6 +366,8 @@ class StructuredDistiller(BaseModel):
             for tap in term.student_taps:
                 if tap in seen.capture.cut:
                     raise TapError(_no_gradient(term, tap, seen.capture))
+        if torch.is_grad_enabled():
+            self.last_step = StepRecord.of(inputs, data_samples, self._active, seen)
         for name, scored in self.score(seen).items():
             clash = sorted(set(scored) & set(losses))
             if clash:
@@ -325,6 +376,36 @@ class StructuredDistiller(BaseModel):
                 )
             losses.update(scored)
         return losses
+
+    def parse_losses(self, losses: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Sum the losses as mmengine does, and note them until the step is known to be sound.
+
+        Args:
+            losses: what :meth:`forward` returned.
+
+        Returns:
+            The sum, and what is logged.
+        """
+        total, logged = super().parse_losses(losses)
+        if self.last_step is not None:
+            self.last_step.losses = {name: value.detach() for name, value in logged.items()}
+        return total, logged
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copy and pickle without the batch of the last step."""
+        return {**self.__dict__, 'last_step': None}
+
+    def explain(self, **found: Any) -> Fault:
+        """Tell what is wrong with the last training step, and who brought it in.
+
+        Args:
+            **found: what else is known, see
+                :func:`~mmstructkd.distillers.step_record.explain`.
+
+        Returns:
+            The fault, as far as this process can see it.
+        """
+        return explain(self, self.last_step, **found)
 
     @property
     def _active(self) -> list[Term]:
@@ -374,7 +455,9 @@ class StructuredDistiller(BaseModel):
         student_taps = [tap for term in terms for tap in term.student_taps]
         targets = collect_targets(self.student, inputs, data_samples) if terms else Targets()
         with (
-            RegionRecorder(self.student) if on_regions else contextlib.nullcontext() as recorder,
+            RegionRecorder(self.student, student_taps, self._stages)
+            if on_regions
+            else contextlib.nullcontext() as recorder,
             recorded_points(self.student) if on_points else contextlib.nullcontext([]) as points,
             Capture(self.student, student_taps, clone=self._clone) as capture,
         ):
@@ -437,7 +520,8 @@ class StructuredDistiller(BaseModel):
             runner: the runner that was just given this model.
 
         Raises:
-            ConfigError: ``compile`` is set.
+            ConfigError: ``compile`` is set, or ``optim_wrapper`` cannot serve a
+                distiller.
         """
         if runner.cfg.get('compile'):
             raise ConfigError(
@@ -448,11 +532,9 @@ class StructuredDistiller(BaseModel):
         for name in (*RUNNER_HOOKS, *self._teacher.hooks):
             if name not in present:
                 runner.register_hook(HOOKS.build({'type': f'mmstructkd.{name}'}))
-        settings = runner.optim_wrapper
-        constructor = 'mmstructkd.DistillOptimWrapperConstructor'
-        if isinstance(settings, dict) and settings.get('constructor') != constructor and 'optimizer' in settings:
-            base = settings.get('constructor', 'DefaultOptimWrapperConstructor')
-            runner.optim_wrapper = {**settings, 'constructor': constructor, 'base_constructor': base}
+        prepare_to_resume(runner)
+        if runner._train_loop is not None:
+            runner.optim_wrapper = for_distiller(runner.optim_wrapper, self)
 
     def _load_from_state_dict(
         self,
@@ -490,6 +572,15 @@ def _keep_student_only(module: nn.Module, state_dict: dict[str, Tensor], prefix:
                 metadata[prefix + key[len(inner) :]] = value
 
 
+def _hidden_networks(network: nn.Module) -> list[nn.Module]:
+    """Networks that modules hold as plain attributes, as mmdet's own distillers hold their teacher.
+
+    These move them in a ``.to()`` of their own, which a module that holds the
+    student does not call.
+    """
+    return [one for module in network.modules() for one in vars(module).values() if isinstance(one, nn.Module)]
+
+
 def _no_gradient(term: Term, tap: Tap, capture: Capture) -> str:
     """Say that a term teaches nothing, and why."""
     return (
@@ -498,6 +589,19 @@ def _no_gradient(term: Term, tap: Tap, capture: Capture) -> str:
     )
 
 
+def _check_preprocessor(config: Any, scope: str | None) -> None:
+    """Build a data preprocessor once: one that the student's own takes the place of would be wrong in silence."""
+    if isinstance(config, dict):
+        settings = {'_scope_': scope, **config}
+        made = build_part(
+            'StructuredDistiller', 'data_preprocessor', settings, example="dict(type='SegDataPreProcessor')"
+        )
+        if not isinstance(made, BaseDataPreprocessor):
+            raise ConfigError(
+                f'StructuredDistiller: `data_preprocessor` must be a data preprocessor, got {type(made).__name__}.'
+            )
+
+
 def _num_classes(network: nn.Module | None) -> int | None:
     """Number of classes of a network's head, where it has one."""
-    return None if network is None else getattr(head_of(network), 'num_classes', None)
+    return None if network is None else num_classes_of(head_of(network))

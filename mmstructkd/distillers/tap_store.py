@@ -1,14 +1,17 @@
 """Tapped tensors of single images in files: whole or absent, narrow, bounded, without pickle.
 
-A file holds a line of JSON (what it is, how its arrays are stored, a checksum)
-and the bytes of the arrays.
+A file holds a line of JSON (what it is, how its arrays are stored, a checksum of
+that and of the arrays) and the bytes of the arrays. What a file says of itself
+is checked before it is believed.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
+import stat
 import tempfile
 import time
 import zlib
@@ -26,10 +29,12 @@ from mmstructkd.errors import ConfigError
 
 __all__ = ['Narrow', 'TapStore', 'narrow', 'widen']
 
-MAGIC = b'mmstructkd tap 1\n'
+MAGIC = b'mmstructkd tap 2\n'
 DTYPES = {'fp32': torch.float32, 'fp16': torch.float16, 'bf16': torch.bfloat16}
 _RAW = {'float32': torch.float32, 'float16': torch.float16, 'bfloat16': torch.bfloat16}
-_RAW.update({'uint8': torch.uint8, 'int16': torch.int16})
+_INDEX = {'uint8': torch.uint8, 'int16': torch.int16, 'int32': torch.int32}
+_RAW.update(_INDEX)
+_DIMS = 8  # no tapped tensor has more axes
 _LARGEST = 60000.0  # below fp16's largest number, with room for rounding
 _ABANDONED = 24 * 3600.0  # seconds after which half a file is nobody's
 
@@ -48,6 +53,45 @@ class Narrow:
     arrays: tuple[Tensor, ...]
     scale: float = 1.0
     classes: int = 0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the tensor that :func:`widen` gives."""
+        stored = tuple(self.arrays[0].shape)
+        return (stored[0], self.classes, *stored[2:]) if self.classes else stored
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype in which values are stored."""
+        return self.arrays[0].dtype
+
+    @property
+    def topk(self) -> int | None:
+        """How many scores are kept at each position; ``None``: all."""
+        return self.arrays[0].shape[1] if self.classes else None
+
+    def check(self) -> None:
+        """Find out whether :func:`widen` can be trusted with this.
+
+        Raises:
+            ValueError: it was not made by :func:`narrow`.
+        """
+        values, *others = self.arrays
+        if not (math.isfinite(self.scale) and self.scale >= 1 and math.frexp(self.scale)[0] == 0.5):
+            raise ValueError('scale')
+        if values.dtype not in DTYPES.values() or values.dim() < 2 or values.shape[0] != 1:
+            raise ValueError('values')
+        if not self.classes:
+            if others:
+                raise ValueError('arrays')
+            return
+        places, rest = others
+        if places.dtype not in _INDEX.values() or places.shape != values.shape or rest.dtype != values.dtype:
+            raise ValueError('arrays')
+        if not values.shape[1] < self.classes or rest.shape != (1, 1, *values.shape[2:]):
+            raise ValueError('classes')
+        if int(places.min()) < 0 or int(places.max()) >= self.classes:
+            raise ValueError('places')
 
 
 def narrow(tensor: Tensor, dtype: str, topk: int | None = None) -> Narrow:
@@ -79,7 +123,7 @@ def narrow(tensor: Tensor, dtype: str, topk: int | None = None) -> Narrow:
             scale *= 2.0
     cast = [(part / scale).to(DTYPES[dtype]) for part in kept]
     if classes:
-        index = torch.uint8 if classes <= 256 else torch.int16
+        index = torch.uint8 if classes <= 2**8 else torch.int16 if classes <= 2**15 else torch.int32
         return Narrow((cast[0], places.to(index), cast[1]), scale, classes)
     return Narrow((cast[0],), scale)
 
@@ -113,29 +157,55 @@ def _pack(tensors: Sequence[Narrow], about: Mapping[str, Any]) -> bytes:
             chunks.append(array.view(torch.uint8).numpy().tobytes())
         described.append({'scale': stored.scale, 'classes': stored.classes, 'arrays': arrays})
     body = b''.join(chunks)
-    head = {'about': dict(about), 'tensors': described, 'bytes': len(body), 'checksum': zlib.crc32(body)}
-    return MAGIC + json.dumps(head).encode() + b'\n' + body
+    head = {'about': dict(about), 'tensors': described, 'bytes': len(body)}
+    head = json.loads(json.dumps(head, default=str))  # as it will be read
+    return MAGIC + json.dumps({**head, 'checksum': _checksum(head, body)}).encode() + b'\n' + body
+
+
+def _checksum(head: Mapping[str, Any], body: bytes | bytearray) -> int:
+    """Of all that a file holds, the checksum apart."""
+    return zlib.crc32(body, zlib.crc32(json.dumps(head).encode()))
+
+
+def _whole(value: Any, least: int) -> int:
+    """A whole number of a file's head."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(value)
+    return value
 
 
 def _unpack(content: bytearray) -> list[Narrow]:
-    """The tensors of a file; an exception where it is not whole."""
+    """The tensors of a file; an exception where it is not whole, or no file of this kind."""
     if not content.startswith(MAGIC):
         raise ValueError('no such file')
     end = content.index(b'\n', len(MAGIC))
     head = json.loads(content[len(MAGIC) : end])
     body = content[end + 1 :]
-    if len(body) != head['bytes'] or zlib.crc32(body) != head['checksum']:
+    stated = head.pop('checksum')
+    if len(body) != head['bytes'] or _checksum(head, body) != stated:
         raise ValueError('not whole')
     tensors, start = [], 0
     for entry in head['tensors']:
+        classes, scale = _whole(entry['classes'], 0), entry['scale']
+        if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+            raise ValueError(scale)
+        if len(entry['arrays']) != (3 if classes else 1):
+            raise ValueError('arrays')
         arrays = []
         for name, shape in entry['arrays']:
-            dtype, count = _RAW[name], torch.Size(shape).numel()
-            size = count * dtype.itemsize
-            raw = torch.frombuffer(body, dtype=torch.uint8, count=size, offset=start) if size else torch.empty(0)
-            arrays.append(raw.clone().view(dtype).view(shape) if size else torch.empty(shape, dtype=dtype))
+            if len(shape) > _DIMS:
+                raise ValueError('shape')
+            # of Python's numbers, which do not overflow
+            size = math.prod(_whole(side, 1) for side in shape) * _RAW[name].itemsize
+            if size > len(body) - start:
+                raise ValueError('shape')
+            raw = torch.frombuffer(body, dtype=torch.uint8, count=size, offset=start)
+            arrays.append(raw.clone().view(_RAW[name]).view(shape))
             start += size
-        tensors.append(Narrow(tuple(arrays), float(entry['scale']), int(entry['classes'])))
+        tensors.append(Narrow(tuple(arrays), float(scale), classes))
+        tensors[-1].check()
+    if start != len(body) or not tensors:
+        raise ValueError('bytes')
     return tensors
 
 
@@ -143,7 +213,8 @@ class TapStore:
     """A folder of such files, for any number of processes.
 
     A file is written beside its name and renamed when it is whole; one that was
-    damaged later is found by its checksum and counts as absent. When the folder
+    damaged later is found by its checksum and counts as absent, and so does one
+    whose checksum is right and whose content :func:`narrow` never made. When the folder
     is full nothing more is written, and what is there stays: training passes
     through its samples in rounds, so that throwing out the oldest would throw
     out each file just before its turn.
@@ -185,12 +256,16 @@ class TapStore:
         """
         path = self.path(key)
         try:
+            state = path.stat()
+            if not stat.S_ISREG(state.st_mode) or state.st_size > self.limit:
+                return None  # not written here
             content = bytearray(path.read_bytes())
         except OSError:
             return None
         try:
             return _unpack(content)
-        except (ValueError, KeyError, TypeError, RuntimeError):
+        except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError):
+            # whatever JSON may say in place of what was written
             with contextlib.suppress(OSError):
                 path.unlink()
             return None

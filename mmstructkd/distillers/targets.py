@@ -14,16 +14,20 @@ from torch import Tensor, nn
 
 from mmstructkd.distillers.normalization import valid_area
 from mmstructkd.errors import ShapeError
-from mmstructkd.functional.resize import resize_labels
+from mmstructkd.functional.resize import resize_labels, resize_mask
 from mmstructkd.structures import Targets
 
 __all__ = [
+    'branches_of',
     'collect_targets',
+    'head_at',
     'head_of',
+    'num_classes_of',
     'point_targets',
     'probe_samples',
     'probe_targets',
     'region_targets',
+    'repeat_targets',
     'task_of',
 ]
 
@@ -43,6 +47,39 @@ def head_of(network: nn.Module) -> nn.Module | None:
     return None
 
 
+def head_at(network: nn.Module | None, path: str) -> nn.Module | None:
+    """The head that a module lies in, or where it lies in none the one that knows the classes.
+
+    Args:
+        network: the network; ``None``: there is none.
+        path: dotted name of a module of it.
+
+    Returns:
+        The innermost module on the way that is called a head and says what it
+        predicts, or :func:`head_of`.
+    """
+    if network is None:
+        return None
+    parts = path.split('.')
+    for end in range(len(parts), 0, -1):
+        # One of several heads is called by its number: 'decode_head.1'.
+        name = parts[end - 2] if parts[end - 1].isdigit() and end > 1 else parts[end - 1]
+        if 'head' not in name:
+            continue
+        module = network.get_submodule('.'.join(parts[:end]))
+        if any(isinstance(getattr(module, fact, None), (int, float)) for fact in ('num_classes', 'max_depth')):
+            return module
+    return head_of(network)
+
+
+def num_classes_of(head: nn.Module | None) -> int | None:
+    """Number of classes that a head tells apart; two where one channel is the score of a sigmoid."""
+    number = getattr(head, 'num_classes', None)
+    # mmseg takes num_classes=1 for such a head as well; the labels are 0 and 1 either way.
+    binary = number == 1 and getattr(head, 'out_channels', None) == 1 and not hasattr(head, 'max_depth')
+    return 2 if binary else number
+
+
 def task_of(network: nn.Module) -> str:
     """``'det'`` for a detector of mmdet, ``'depth'`` for mmseg's depth estimator, else ``'seg'``."""
     bases = type(network).__mro__
@@ -60,8 +97,10 @@ def collect_targets(network: nn.Module, inputs: Tensor, data_samples: Sequence[A
         data_samples: one per image; what not all of them have is ``None``.
 
     Returns:
-        The targets, on the device of ``inputs``. Padding and what is no reading
-        (not finite, or not above 0) is 0 in ``depth``.
+        The targets, on the device of ``inputs``. ``inside`` is what is not
+        padding; ``valid`` what of it is labelled: has a class, or for a depth
+        estimator a reading. Padding and what is no reading (not finite, or not
+        above 0) is 0 in ``depth``.
     """
     head = head_of(network)
     ignore_index = getattr(head, 'ignore_index', 255)
@@ -72,15 +111,20 @@ def collect_targets(network: nn.Module, inputs: Tensor, data_samples: Sequence[A
     if depth is not None:
         reads = torch.isfinite(depth) & (depth > 0)
         depth = torch.where(reads if area is None else reads & area, depth, 0)
-    valid = area
-    if labels is not None:
+    known = None
+    if depth is not None and task_of(network) == 'depth':
+        known = depth > 0
+    elif labels is not None:
         known = labels != ignore_index
-        valid = known if valid is None else known & valid
+    if known is not None and area is not None:
+        # The semantic maps of some detectors are smaller than their input.
+        known = resize_mask(known, (area.shape[1], area.shape[2])) & area
     return Targets(
         labels=labels,
-        valid=valid,
+        valid=area if known is None else known,
+        inside=area,
         ignore_index=ignore_index,
-        num_classes=getattr(head, 'num_classes', None),
+        num_classes=num_classes_of(head),
         images=inputs,
         input_size=tuple(inputs.shape[-2:]),
         boxes=_instances(data_samples, 'bboxes', inputs.device),
@@ -147,7 +191,32 @@ def _instances(samples: Sequence[Any] | None, name: str, device: torch.device) -
     return tuple(getattr(value, 'tensor', value).to(device) for value in fields)  # mmdet may wrap boxes
 
 
-def region_targets(targets: Targets, regions: Tensor) -> Targets:
+def branches_of(network: nn.Module) -> int:
+    """How many copies of the batch a network trains on: the branches of a TridentNet, else 1."""
+    return int(getattr(getattr(network, 'backbone', None), 'num_branch', 1))
+
+
+def repeat_targets(targets: Targets, times: int) -> Targets:
+    """The targets of a batch that a network has copied, one copy after the other.
+
+    Args:
+        targets: of the batch.
+        times: number of copies.
+
+    Returns:
+        What is known of each row.
+    """
+
+    def repeated(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return value * times
+        return None if value is None else value.repeat(times, *[1] * (value.dim() - 1))
+
+    fields = ('labels', 'valid', 'inside', 'images', 'boxes', 'box_labels', 'depth')
+    return dataclasses.replace(targets, **{name: repeated(getattr(targets, name)) for name in fields})
+
+
+def region_targets(targets: Targets, regions: Tensor | None) -> Targets:
     """What is known of pooled regions: their labels; maps of the image do not apply.
 
     A region has the label of the true box that it overlaps most, at an IoU of
@@ -155,18 +224,21 @@ def region_targets(targets: Targets, regions: Tensor) -> Targets:
 
     Args:
         targets: of the batch.
-        regions: shape (R, 5), the number of the image first.
+        regions: shape (R, 5), the number of the image first, which goes on
+            behind the batch where a network has copied that; ``None``: not known.
 
     Returns:
         ``labels`` of shape (R,), where the batch has boxes; no masks.
     """
     labels = None
-    if targets.boxes is not None and targets.box_labels is not None and targets.num_classes is not None:
+    known = None not in (targets.boxes, targets.box_labels, targets.num_classes)
+    if known and regions is not None:
         labels = torch.full((len(regions),), targets.num_classes, dtype=torch.int64, device=regions.device)
+        images = regions[:, 0].remainder(len(targets.boxes))
         for image, (boxes, classes) in enumerate(zip(targets.boxes, targets.box_labels, strict=True)):
             if len(boxes):
                 overlap, nearest = _iou(regions[:, 1:], boxes).max(dim=1)
-                mine = (regions[:, 0] == image) & (overlap >= FOREGROUND_IOU)
+                mine = (images == image) & (overlap >= FOREGROUND_IOU)
                 labels = torch.where(mine, classes[nearest], labels)
     return Targets(labels=labels, ignore_index=-1, num_classes=targets.num_classes, input_size=targets.input_size)
 
@@ -232,8 +304,10 @@ def probe_targets(task: str, images: int, num_classes: int | None, size: tuple[i
     Returns:
         Targets of such an input.
     """
+    everywhere = torch.ones(images, *size, dtype=torch.bool)
     known = Targets(
-        valid=torch.ones(images, *size, dtype=torch.bool),
+        valid=everywhere,
+        inside=everywhere,
         num_classes=num_classes,
         images=torch.zeros(images, 3, *size),
         input_size=size,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +14,7 @@ from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from mmstructkd.compat import pad_value, swaps_channels
+from mmstructkd.distillers.normalization import inner_preprocessor, pad_divisor
 from mmstructkd.distillers.tap_store import DTYPES, Narrow, TapStore, narrow, widen
 from mmstructkd.errors import CheckpointError, ConfigError, check_finite_number, check_one_of, check_positive, suggest
 from mmstructkd.taps import Tap
@@ -25,6 +28,8 @@ SAMPLE = ('img_path', 'img_id', 'sample_idx')
 
 Records = dict[Tap, list[Tensor]]
 Run = Callable[[Tensor, Sequence[Any] | None], Records]
+Entry = dict[Tap, list[Narrow]]
+Shapes = list[tuple[int, ...]]
 
 # Steps that give the same result each time. All that load or pack do.
 REPEATABLE = {
@@ -100,6 +105,7 @@ def preprocessing(preprocessor: nn.Module, owner: str | None = None) -> list[Any
     Raises:
         ConfigError: it draws anew for each batch.
     """
+    preprocessor = inner_preprocessor(preprocessor)
     steps = [type(step).__name__ for step in getattr(preprocessor, 'batch_augments', None) or ()]
     drawing = [name for name in steps if name != 'BatchFixedSizePad']
     if owner is not None and drawing:
@@ -111,7 +117,7 @@ def preprocessing(preprocessor: nn.Module, owner: str | None = None) -> list[Any
         None if value is None else value.flatten().tolist()
         for value in (getattr(preprocessor, name, None) for name in ('mean', 'std'))
     ]
-    return [*numbers, swaps_channels(preprocessor), pad_value(preprocessor), steps]
+    return [*numbers, swaps_channels(preprocessor), pad_value(preprocessor), pad_divisor(preprocessor), steps]
 
 
 def unrepeatable_steps(dataset: Any) -> Iterator[str]:
@@ -147,6 +153,20 @@ def _drawing(steps: Any) -> Iterator[str]:
             yield name
 
 
+def _one_stride(*maps: tuple[tuple[int, ...], tuple[int, ...]]) -> bool:
+    """Whether there is a stride that takes each input to its map, with sides rounded up.
+
+    Args:
+        *maps: pairs of a map's shape (1, C, h, w) and its input's (C, H, W).
+    """
+    low, high = 0.0, math.inf
+    for shape, size in maps:
+        for side, full in zip(shape[2:], size[1:], strict=True):
+            low = max(low, full / side)
+            high = min(high, full / (side - 1) if side > 1 else math.inf)
+    return low < high
+
+
 class TeacherCache:
     """Keeps what a frozen network shows of an image, one file an image and tap.
 
@@ -161,6 +181,11 @@ class TeacherCache:
     What the terms see is the stored form in any case, also of an image that
     has just missed or found no room: a resumed run, and a second one, see what
     the first did.
+
+    A file counts as absent unless it is whole, in the form that is asked for,
+    and of the shapes that the network gives at this size of input. Before a run
+    of this process has shown them, maps must have the stride of the probe, and
+    other tensors its shapes: else the image is computed once more.
 
     Args:
         folder: where; several runs and processes may share it.
@@ -193,6 +218,13 @@ class TeacherCache:
         check_finite_number(owner, 'cache.tolerance', tolerance, minimum=0)
         if isinstance(check, bool) or not isinstance(check, int) or check < 0:
             raise ConfigError(f'{owner}: `cache.check` must be a whole number of at least 0, got {check!r}.')
+        if not isinstance(folder, (str, os.PathLike)) or not os.fspath(folder) or '\0' in str(os.fspath(folder)):
+            raise ConfigError(f'{owner}: `cache.folder` must be the path of a folder, got {folder!r}.')
+        if topk is not None and not isinstance(topk, Mapping):
+            raise ConfigError(
+                f'{owner}: `cache.topk` must be a dict of numbers by tap, got {topk!r}. '
+                "Example: topk={'decode_head.conv_seg': 5}."
+            )
         self.topk: dict[Tap, int] = {}
         for text, count in (topk or {}).items():
             if isinstance(count, bool) or not isinstance(count, int) or count < 1:
@@ -200,10 +232,12 @@ class TeacherCache:
                     f'{owner}: `cache.topk` must give a number of at least 1 for each tap, got {text!r}: {count!r}.'
                 )
             self.topk[Tap.parse(text, f'{owner}: `cache.topk`')] = count
-        self.store = TapStore(folder, max_gb)
+        self.store = TapStore(os.fspath(folder), max_gb)
         self.dtype, self.tolerance = dtype, float(tolerance)
         self.hits = self.misses = 0
         self._checks = check
+        self._probed: dict[Tap, tuple[Shapes, tuple[int, ...]]] = {}
+        self._layouts: dict[tuple[Tap, tuple[int, ...]], Shapes] = {}
 
     @classmethod
     def from_config(cls, config: Any) -> TeacherCache:
@@ -231,11 +265,12 @@ class TeacherCache:
                 )
         return cls(**config)
 
-    def check_probe(self, records: Mapping[Tap, Sequence[Tensor]]) -> None:
-        """Refuse what cannot be kept image by image.
+    def check_probe(self, records: Mapping[Tap, Sequence[Tensor]], size: Sequence[int]) -> None:
+        """Refuse what cannot be kept image by image; remember the rest, to know it in a file.
 
         Args:
             records: of a probe with one image.
+            size: (C, H, W) of that image.
 
         Raises:
             ConfigError: a tap has no axis of images, or is no map of more
@@ -253,6 +288,7 @@ class TeacherCache:
                         f'FrozenTeacher: `cache.topk` must be below the number of classes of a map of scores, got '
                         f'{self.topk[tap]} for {tuple(tensor.shape)} at tap {str(tap)!r}. Leave it out.'
                     )
+        self._probed.update({tap: ([tuple(t.shape) for t in found], tuple(size)) for tap, found in records.items()})
         for tap in self.topk:
             if tap not in records:
                 raise ConfigError(
@@ -285,34 +321,56 @@ class TeacherCache:
         """
         abouts = self._abouts(identity, inputs, data_samples)
         keys = [{tap: hash_of([about, str(tap), self._form(tap)]) for tap in taps} for about in abouts]
-        found = [self._read(entry) for entry in keys]
-        missing = [place for place, entry in enumerate(found) if entry is None]
-        self.hits += len(found) - len(missing)
-        self.misses += len(missing)
-        if missing:
-            rows = list(range(len(found))) if whole else missing
+        size, images = tuple(inputs.shape[1:]), len(inputs)
+        found = self._alike([self._read(entry, size) for entry in keys], size)
+        computed: set[int] = set()
+
+        def compute(places: Sequence[int], rows: Sequence[int]) -> Records:
+            """Fill in some images from a run of the network on some."""
             samples = None if data_samples is None else [data_samples[place] for place in rows]
-            live = run(inputs if len(rows) == len(found) else inputs[rows], samples)
-            for row, place in enumerate(rows):
-                if found[place] is not None:
-                    continue
-                entry = {}
+            live = run(inputs if len(rows) == images else inputs[list(rows)], samples)
+            for tap in taps:
+                self._layouts[tap, size] = [(1, *tensor.shape[1:]) for tensor in live[tap]]
+            for place in places:
+                row, entry = rows.index(place), {}
                 for tap in taps:
                     parts = [self._narrow(tensor[row : row + 1], tap, len(rows), tensor) for tensor in live[tap]]
                     self.store.write(keys[place][tap], parts, {**abouts[place], 'tap': str(tap)})
                     entry[tap] = parts
                 found[place] = entry
-        records = {
+            computed.update(places)
+            return live
+
+        def unlike() -> list[int]:
+            """Images that are not there, or not in the shape that a run has shown."""
+            return [place for place, entry in enumerate(found) if entry is None or not self._fits(entry, size)]
+
+        missing, everything = unlike(), range(images)
+        if missing:
+            compute(missing, everything if whole else missing)
+            if unlike():  # what was taken for whole before the shapes were known
+                compute(everything, everything)
+        elif self._checks > 0:
+            self._checks -= 1
+            live = compute((), everything)
+            others = unlike()
+            if others:
+                compute(others, everything)
+            self._compare(self._records(found, taps, inputs.device), live)
+        self.hits += images - len(computed)
+        self.misses += len(computed)
+        return self._records(found, taps, inputs.device)
+
+    @staticmethod
+    def _records(found: Sequence[Entry | None], taps: Sequence[Tap], device: torch.device) -> Records:
+        """The tensors of a batch, from those of its images."""
+        return {
             tap: [
-                torch.cat([widen(part, inputs.device) for part in parts])
+                torch.cat([widen(part, device) for part in parts])
                 for parts in zip(*(entry[tap] for entry in found if entry is not None), strict=True)
             ]
             for tap in taps
         }
-        if not missing and self._checks > 0:
-            self._checks -= 1
-            self._compare(records, run(inputs, data_samples))
-        return records
 
     def report(self) -> str:
         """How often it served so far."""
@@ -330,15 +388,44 @@ class TeacherCache:
             )
         return narrow(part, self.dtype, self.topk.get(tap))
 
-    def _read(self, keys: Mapping[Tap, str]) -> dict[Tap, list[Narrow]] | None:
+    def _read(self, keys: Mapping[Tap, str], size: tuple[int, ...]) -> Entry | None:
         """All taps of an image, or nothing."""
-        entry = {}
+        entry: Entry = {}
         for tap, key in keys.items():
             tensors = self.store.read(key)
             if tensors is None:
                 return None
             entry[tap] = tensors
-        return entry
+        return entry if self._fits(entry, size) else None
+
+    def _fits(self, entry: Entry, size: tuple[int, ...]) -> bool:
+        """Whether tensors have the form of this cache, and the shapes that the network gives at a size of input."""
+        return all(
+            all(part.dtype == DTYPES[self.dtype] and part.topk == self.topk.get(tap) for part in parts)
+            and self._has_shapes(tap, [part.shape for part in parts], size)
+            for tap, parts in entry.items()
+        )
+
+    def _has_shapes(self, tap: Tap, shapes: Shapes, size: tuple[int, ...]) -> bool:
+        """Compare with what a run at this size has shown, else with what the probe lets expect."""
+        known = self._layouts.get((tap, size))
+        if known is not None:
+            return shapes == known
+        if tap not in self._probed:
+            return False
+        wanted, probed = self._probed[tap]
+        if size == probed:
+            return shapes == wanted
+        return len(shapes) == len(wanted) and all(
+            one == two or (len(one) == len(two) == 4 and one[1] == two[1] and _one_stride((one, size), (two, probed)))
+            for one, two in zip(shapes, wanted, strict=True)
+        )
+
+    @staticmethod
+    def _alike(found: list[Entry | None], size: tuple[int, ...]) -> list[Entry | None]:
+        """Of a batch no image, where they differ in shape: there is no saying which is right."""
+        kinds = {str([[part.shape for part in parts] for parts in entry.values()]) for entry in found if entry}
+        return found if len(kinds) < 2 else [None] * len(found)
 
     @staticmethod
     def _abouts(identity: str, inputs: Tensor, data_samples: Sequence[Any] | None) -> list[dict[str, Any]]:

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as torch_functional
 from torch import Tensor
 
-from mmstructkd.errors import ConfigError, check_ndim, check_one_of, check_same
+from mmstructkd.errors import MAX_SIDE, ConfigError, check_flag, check_ndim, check_one_of, check_same, is_count
 from mmstructkd.functional.precision import exact_matmul, full_precision
 from mmstructkd.functional.reduce import mean_of_sum, valid_pixels
 
@@ -362,7 +362,7 @@ def check_kernel_size(owner: str, kernel_size: int | Sequence[int]) -> tuple[int
     """Return ``kernel_size`` as (h, w), or raise :class:`ConfigError`."""
     sizes = (kernel_size, kernel_size) if isinstance(kernel_size, int) else kernel_size
     good = isinstance(sizes, (tuple, list)) and len(sizes) == 2
-    if not good or not all(isinstance(s, int) and not isinstance(s, bool) and s > 0 for s in sizes):
+    if not good or not all(is_count(s) and 0 < s <= MAX_SIDE for s in sizes):
         raise ConfigError(
             f'{owner}: `kernel_size` must be an integer above 0 or two of them (h, w), got {kernel_size!r}. '
             'Use 1 for no pooling.'
@@ -372,7 +372,7 @@ def check_kernel_size(owner: str, kernel_size: int | Sequence[int]) -> tuple[int
 
 def check_radius(owner: str, radius: int | None) -> None:
     """Raise :class:`ConfigError` unless ``radius`` is ``None`` or an integer of at least 0."""
-    if radius is not None and (not isinstance(radius, int) or isinstance(radius, bool) or radius < 0):
+    if radius is not None and not (is_count(radius) and 0 <= radius <= MAX_SIDE):
         raise ConfigError(
             f'{owner}: `radius` must be None or an integer of at least 0, got {radius!r}. Use None for all pairs.'
         )
@@ -464,6 +464,7 @@ def pairwise_affinity_loss(
     check_one_of(owner, 'pool', pool, POOLS)
     kernel = check_kernel_size(owner, kernel_size)
     check_radius(owner, radius)
+    check_flag(owner, 'detach_norm', detach_norm)
     check_ndim(owner, 'student', student, 4, '(B, D, H, W)')
     check_ndim(owner, 'teacher', teacher, 4, '(B, D, H, W)')
     check_same(

@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mmstructkd.errors import ConfigError, ShapeError, check_ndim, check_one_of, check_same
+from mmstructkd.errors import ConfigError, ShapeError, check_flag, check_ndim, check_one_of, check_same
+from mmstructkd.functional.binary import as_two_classes
 from mmstructkd.functional.nodes import pool_nodes
 from mmstructkd.functional.precision import exact_matmul, full_precision
 from mmstructkd.functional.reduce import masked_mean, valid_pixels
@@ -161,8 +162,10 @@ def interclass_similarity_loss(
     column of a channel.
 
     Args:
-        student: class scores, shape (B, C, H, W), any float dtype.
-        teacher: same shape. Detached here.
+        student: class scores, shape (B, C, H, W), any float dtype. One channel is
+            the score z of a sigmoid: the two classes (0, z).
+        teacher: same shape; a pair of one and two channels fits as well. Detached
+            here.
         temperature: T, above 0, a number or a scalar tensor.
         normalize: bring the rows of both matrices to length 1.
         mode: ``'paper'`` or ``'released_code'``.
@@ -193,8 +196,10 @@ def interclass_similarity_loss(
     owner = 'interclass_similarity_loss'
     check_temperature(owner, temperature)
     check_one_of(owner, 'mode', mode, MODES)
+    check_flag(owner, 'normalize', normalize)
     check_ndim(owner, 'student', student, 4, '(B, C, H, W)')
     check_ndim(owner, 'teacher', teacher, 4, '(B, C, H, W)')
+    student, teacher = as_two_classes(student, teacher)
     check_same(owner, student, teacher, (0, 1, 2, 3), 'B, C, H and W', _WAY_OUT)
     counts = valid_pixels(owner, student, valid=valid)
     teacher = teacher.detach()
@@ -255,8 +260,10 @@ def category_similarity_loss(
     are of the order of 1 / n: the value falls as the map grows, with its square.
 
     Args:
-        student: class scores, shape (B, C, H, W), any float dtype.
-        teacher: same shape. Detached here.
+        student: class scores, shape (B, C, H, W), any float dtype. One channel is
+            the score z of a sigmoid: the two classes (0, z).
+        teacher: same shape; a pair of one and two channels fits as well. Detached
+            here.
         temperature: T, above 0, a number or a scalar tensor.
         kernel_size: side of a patch in positions, or (h, w); 1 for no pooling.
         valid: positions that count, bool, shape (B, h, w), brought to H x W by
@@ -274,16 +281,17 @@ def category_similarity_loss(
         ConfigError: ``temperature`` or ``kernel_size`` is out of range.
 
     Example:
-        >>> z = torch.tensor([8.0, 0.0]).view(1, 1, 1, 2)
+        >>> z = torch.tensor([[8.0, 0.0], [0.0, 0.0]]).view(1, 2, 1, 2)
         >>> category_similarity_loss(z + 3, z, kernel_size=1).item() < 1e-10
         True
         >>> round(category_similarity_loss(0 * z, z, kernel_size=1).item(), 4)
-        0.0841
+        0.021
     """
     owner = 'category_similarity_loss'
     check_temperature(owner, temperature)
     check_ndim(owner, 'student', student, 4, '(B, C, H, W)')
     check_ndim(owner, 'teacher', teacher, 4, '(B, C, H, W)')
+    student, teacher = as_two_classes(student, teacher)
     check_same(owner, student, teacher, (0, 1, 2, 3), 'B, C, H and W', _WAY_OUT)
     counts = valid_pixels(owner, student, valid=valid)
 

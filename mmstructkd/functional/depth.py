@@ -3,7 +3,8 @@ r"""Losses between depth maps.
 Shape shorthand: B images, H x W the grid, N = H W, K pairs or triplets an image.
 Depth is in metres along the optical axis, shape (B, 1, H, W) or (B, H, W). Where
 the *teacher's* is 0, negative or not finite there is no reading, and the pixel
-does not count; what the student says always is a prediction.
+does not count; what the student says always is a prediction, and makes the value
+NaN where it is not finite.
 """
 
 from __future__ import annotations
@@ -15,14 +16,16 @@ import torch
 import torch.nn.functional as torch_functional
 from torch import Tensor
 
-from mmstructkd.errors import ConfigError, ShapeError, check_finite_number, check_positive, check_same
+from mmstructkd.errors import ConfigError, ShapeError, check_finite_number, check_flag, check_positive, check_same
 from mmstructkd.functional.precision import full_precision
-from mmstructkd.functional.reduce import masked_mean, mean_of_sum, valid_pixels
+from mmstructkd.functional.reduce import masked_mean, mean_of_sum, nan_unless_finite, valid_pixels
 from mmstructkd.functional.sampling import draw_positions
 
 __all__ = [
     'depth_l1_loss',
+    'depth_of_disparity',
     'depth_readings',
+    'disparity_of_depth',
     'gradient_matching_loss',
     'normalize_depth',
     'ordinal_relation_loss',
@@ -74,6 +77,47 @@ def depth_readings(depth: Tensor, *, min_depth: float = 0.0, max_depth: float | 
     return there if max_depth is None else there & (depth <= max_depth)
 
 
+def depth_of_disparity(disparity: Tensor) -> Tensor:
+    """Return one over a disparity map, for a teacher that predicts that.
+
+    Args:
+        disparity: one over metres, any shape.
+
+    Returns:
+        Metres, the same shape; 0 (no reading) where the disparity is 0, negative
+        or not finite.
+
+    Example:
+        >>> depth_of_disparity(torch.tensor([0.5, 0.0, 4.0]))
+        tensor([2.0000, 0.0000, 0.2500])
+    """
+    there = disparity.isfinite() & (disparity > 0)
+    return torch.where(there, 1 / torch.where(there, disparity, 1), 0)
+
+
+def disparity_of_depth(depth: Tensor, *, eps: float = 1e-3) -> Tensor:
+    """Return one over a depth map, differentiable also where a prediction is 0 or negative.
+
+    Args:
+        depth: metres, any shape.
+        eps: metres, above 0; below it the function goes on as its tangent.
+
+    Returns:
+        One over metres, the same shape; NaN where the depth is not finite, which
+        would be the disparity of no place.
+
+    Raises:
+        ConfigError: ``eps`` is not above 0.
+
+    Example:
+        >>> disparity_of_depth(torch.tensor([2.0, 0.25]))
+        tensor([0.5000, 4.0000])
+    """
+    check_positive('disparity_of_depth', 'eps', eps)
+    inverse = 1 / depth.clamp(min=eps) + (eps - depth.clamp(max=eps)) / eps**2
+    return torch.where(depth.isfinite(), inverse, torch.nan)
+
+
 def _prepare(
     owner: str,
     student: Tensor,
@@ -90,7 +134,9 @@ def _prepare(
     if given is not None:
         counts = counts & given
     # Before any arithmetic, so that whatever stands where nothing counts, NaN included, goes nowhere.
-    student = torch.where(counts, student, 1).clamp(-_FARTHEST, _FARTHEST)
+    student = torch.where(counts, student, 1)
+    # A network that overflows must show: cut off, its infinity would be a place far away.
+    student = torch.where(student.isinf(), torch.nan, student.clamp(-_FARTHEST, _FARTHEST))
     return student, torch.where(counts, teacher, 1).clamp(max=_FARTHEST), counts
 
 
@@ -192,6 +238,7 @@ def silog_loss(
     """
     owner = 'silog_loss'
     check_positive(owner, 'eps', eps)
+    check_flag(owner, 'root', root)
     _check_share(owner, 'variance_weight', variance_weight)
     depth_s, depth_t, counts = _prepare(owner, student, teacher, valid)
     gap = _log(depth_s, eps) - _log(depth_t, eps)
@@ -285,6 +332,7 @@ def scale_shift_invariant_loss(
     """
     owner = 'scale_shift_invariant_loss'
     check_positive(owner, 'eps', eps)
+    check_flag(owner, 'robust', robust)
     depth_s, depth_t, counts = _prepare(owner, student, teacher, valid)
     if not robust:
         return masked_mean((_align(depth_s, depth_t, counts, eps) - depth_t) ** 2, counts)
@@ -350,6 +398,7 @@ def gradient_matching_loss(
     """
     owner = 'gradient_matching_loss'
     check_positive(owner, 'eps', eps)
+    check_flag(owner, 'align', align)
     _check_count(owner, 'scales', scales)
     depth_s, depth_t, counts = _prepare(owner, student, teacher, valid)
     if align:
@@ -466,7 +515,8 @@ def ordinal_relation_loss(
     order = gap_t.sign() * (gap_t.abs() > math.log1p(ratio_threshold))
     ranked = torch_functional.softplus(-order * gap_s)
     there = _at(counts, pairs).all(dim=-1) & (pairs[..., 0] != pairs[..., 1])
-    return masked_mean(torch.where(order == 0, gap_s**2, ranked), there)
+    # Also where no draw meets the pixel.
+    return masked_mean(torch.where(order == 0, gap_s**2, ranked), there) + nan_unless_finite(depth_s, counts)
 
 
 @full_precision
@@ -565,7 +615,8 @@ def virtual_normal_loss(
     points_t = corners(depth_t)
     good = _at(counts, triplets).all(dim=-1) & _spans_triangle(points_t, min_distance, min_angle)
     distance = (normal(corners(depth_s)) - normal(points_t)).abs().sum(dim=-1)
-    return masked_mean(distance, good)
+    # Also where no draw meets the pixel.
+    return masked_mean(distance, good) + nan_unless_finite(depth_s, counts)
 
 
 def _spans_triangle(points: tuple[Tensor, ...], min_distance: float, min_angle: float) -> Tensor:
@@ -647,6 +698,7 @@ def normalize_depth(
     """
     owner = 'normalize_depth'
     check_positive(owner, 'eps', eps)
+    check_flag(owner, 'log', log)
     shape = depth.shape
     depth, reference, counts = _prepare(owner, depth, reference, valid, ('depth', 'reference'))
     if log:

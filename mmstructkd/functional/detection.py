@@ -14,8 +14,8 @@ from torch import Tensor
 
 from mmstructkd.errors import ConfigError, ShapeError, check_ndim, check_one_of, check_same
 from mmstructkd.functional.precision import full_precision
-from mmstructkd.functional.reduce import mean_of_sum, valid_pixels
-from mmstructkd.functional.softening import LOWEST, check_temperature, kl_along
+from mmstructkd.functional.reduce import mean_of_sum, nan_unless_finite, valid_pixels
+from mmstructkd.functional.softening import LOWEST, check_temperature, divided, kl_along
 
 __all__ = ['binary_kl_loss', 'edge_confidence', 'inside_boxes', 'localization_kl_loss']
 
@@ -170,8 +170,8 @@ def localization_kl_loss(
     if counts is not None:
         kept = counts[:, None, None]
         split_s, split_t = torch.where(kept, split_s, 0), torch.where(kept, split_t, 0)
-    log_s = torch.log_softmax(split_s / temperature, dim=2)
-    log_t = torch.log_softmax(split_t / temperature, dim=2)
+    log_s = torch.log_softmax(divided(split_s, temperature), dim=2)
+    log_t = torch.log_softmax(divided(split_t, temperature), dim=2)
     values = kl_along(log_s, log_t, dim=2).mean(dim=1)
     if bin_reduction == 'mean':
         values = values / split_s.shape[2]
@@ -213,6 +213,7 @@ def binary_kl_loss(
     weight and normaliser are this project's.
 
     The gradient reaches ``student``, and ``temperature`` where that is a tensor.
+    Infinite logits make the value NaN.
 
     Args:
         student: logits, shape (B, A K, H, W) with the classes of an anchor side by
@@ -277,7 +278,8 @@ def binary_kl_loss(
         total = mean_of_sum(total, weights.numel() if counts is None else anchors * counts.sum())
     else:
         total = total / (normalizer.clamp(min=1) if isinstance(normalizer, Tensor) else max(normalizer, 1))
-    return temperature**2 * total
+    # A sigmoid turns infinity into a sure yes or no: a network that overflows would teach, or learn, that.
+    return temperature**2 * total + nan_unless_finite(student) + nan_unless_finite(teacher)
 
 
 def _log_sigmoid(logits: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mmstructkd.errors import check_ndim, check_same
+from mmstructkd.functional.binary import as_two_classes
 from mmstructkd.functional.precision import full_precision
 from mmstructkd.functional.reduce import masked_mean, valid_pixels
 from mmstructkd.functional.sharing import once
@@ -52,8 +53,10 @@ def pixelwise_kl_loss(
 
     Args:
         student: logits, shape (B, C, H, W), or (M, C) for the M regions of a box
-            head; any float dtype.
-        teacher: logits, same shape. Detached here.
+            head; any float dtype. One channel is the score z of a sigmoid: the
+            two classes (0, z).
+        teacher: logits, same shape; a pair of one and two channels fits as well.
+            Detached here.
         temperature: T, above 0, a number or a scalar tensor. The factor T
             squared keeps the gradient's scale.
         labels: integer classes, shape (B, h, w), brought to H x W by nearest, or
@@ -81,6 +84,7 @@ def pixelwise_kl_loss(
     check_temperature(owner, temperature)
     for name, logits in (('student', student), ('teacher', teacher)):
         check_ndim(owner, name, logits, (2, 4), '(B, C, H, W) or (M, C)')
+    student, teacher = as_two_classes(student, teacher)
     axes = range(4) if student.dim() == 4 else range(2)
     check_same(owner, student, teacher, axes, 'B, C, H and W' if student.dim() == 4 else 'M and C', _WAY_OUT)
     counts = valid_pixels(owner, student, labels=labels, ignore_index=ignore_index, valid=valid)
@@ -115,7 +119,8 @@ def channelwise_kl_loss(
 
     Args:
         student: logits or features, shape (B, C, H, W), any float dtype.
-        teacher: same shape. Detached here.
+        teacher: same shape; a pair of one and two channels stands for scores
+            (0, z) of two classes, z the difference of the two. Detached here.
         temperature: T, above 0, a number or a scalar tensor.
         valid: positions that count, bool, shape (B, h, w), brought to H x W by
             nearest: both distributions live on these alone. ``None``: all.
@@ -141,6 +146,7 @@ def channelwise_kl_loss(
     check_temperature(owner, temperature)
     check_ndim(owner, 'student', student, 4, '(B, C, H, W)')
     check_ndim(owner, 'teacher', teacher, 4, '(B, C, H, W)')
+    student, teacher = as_two_classes(student, teacher, alone=False)
     check_same(owner, student, teacher, (0, 1, 2, 3), 'B, C, H and W', _WAY_OUT)
     counts = valid_pixels(owner, student, valid=valid)
     some = None

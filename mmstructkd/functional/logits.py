@@ -13,12 +13,14 @@ import torch.nn.functional as torch_functional
 from torch import Tensor
 
 from mmstructkd.errors import ConfigError, ShapeError, check_finite_number, check_ndim, check_same
+from mmstructkd.functional.binary import as_two_classes, two_class_logits
 from mmstructkd.functional.precision import full_precision
-from mmstructkd.functional.reduce import masked_mean, mean_of_sum, valid_pixels
+from mmstructkd.functional.reduce import masked_mean, mean_of_sum, nan_unless_finite, valid_pixels
 from mmstructkd.functional.resize import resize_labels
 from mmstructkd.functional.softening import (
     LOWEST,
     check_temperature,
+    divided,
     kl_along,
     log_of_classes,
     teacher_log_of_classes,
@@ -39,14 +41,14 @@ _WAY_OUT = 'Resize the teacher with resize_map, or map its classes with map_logi
 _FLAT = 1e-6
 
 
-def _check_scores(owner: str, student: Tensor, teacher: Tensor) -> None:
-    """Raise unless both are (B, C, H, W) or both (M, C), alike, with classes to tell apart."""
+def _scores(owner: str, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Both as scores of classes, two of them for the one channel of a sigmoid; raise unless they are alike."""
     for name, logits in (('student', student), ('teacher', teacher)):
         check_ndim(owner, name, logits, (2, 4), '(B, C, H, W) or (M, C)')
+    student, teacher = as_two_classes(student, teacher)
     axes, names = (range(4), 'B, C, H and W') if student.dim() == 4 else (range(2), 'M and C')
     check_same(owner, student, teacher, axes, names, _WAY_OUT)
-    if student.shape[1] < 2:
-        raise ShapeError(f'{owner}: `student` must have at least 2 classes, got {tuple(student.shape)}.')
+    return student, teacher
 
 
 def _only(counts: Tensor | None, *scores: Tensor) -> list[Tensor]:
@@ -100,7 +102,8 @@ def _correlation(log_s: Tensor, log_t: Tensor, axes: tuple[int, ...], counts: Te
     unit_s, _ = unit(log_s)
     unit_t, square_t = unit(log_t)
     number = torch.Size([unit_t.shape[a] for a in axes]).numel() if counts is None else counts.sum(axes, keepdim=True)
-    return mean_of_sum((unit_s * unit_t).sum(axes, keepdim=True), number), square_t > _FLAT**2
+    # Not `square_t > ...`: a teacher that is not a number varies, so that the value shows it.
+    return mean_of_sum((unit_s * unit_t).sum(axes, keepdim=True), number), ~(square_t <= _FLAT**2)
 
 
 @full_precision
@@ -138,8 +141,10 @@ def dist_loss(
     increasing affine map (first part), or all of a class (second part).
 
     Args:
-        student: logits, shape (B, C, H, W) or (M, C), any float dtype.
-        teacher: logits, same shape. Detached here.
+        student: logits, shape (B, C, H, W) or (M, C), any float dtype. One
+            channel is the score z of a sigmoid: the two classes (0, z).
+        teacher: logits, same shape; a pair of one and two channels fits as well.
+            Detached here.
         inter_weight: factor of the part among the classes of a pixel, at least 0.
         intra_weight: factor of the part among the pixels of a class.
         temperature: T, above 0, a number or a scalar tensor.
@@ -155,8 +160,8 @@ def dist_loss(
         Time and memory O(B C N).
 
     Raises:
-        ShapeError: the shapes differ or are no scores, there is one class only,
-            or ``labels`` or ``valid`` does not fit.
+        ShapeError: the shapes differ or are no scores, or ``labels`` or
+            ``valid`` does not fit.
         ConfigError: ``temperature`` is not above 0, or a weight is negative.
 
     Example:
@@ -170,7 +175,7 @@ def dist_loss(
     check_temperature(owner, temperature)
     check_finite_number(owner, 'inter_weight', inter_weight, minimum=0)
     check_finite_number(owner, 'intra_weight', intra_weight, minimum=0)
-    _check_scores(owner, student, teacher)
+    student, teacher = _scores(owner, student, teacher)
     counts = valid_pixels(owner, student, labels=labels, ignore_index=ignore_index, valid=valid)
     (student,) = _only(counts, student)
     log_s = log_of_classes(student, temperature).clamp(min=LOWEST)
@@ -216,8 +221,10 @@ def decoupled_kl_loss(
     The value does not change when a constant is added to all logits of a pixel.
 
     Args:
-        student: logits, shape (B, C, H, W) or (M, C), any float dtype.
-        teacher: logits, same shape. Detached here.
+        student: logits, shape (B, C, H, W) or (M, C), any float dtype. One
+            channel is the score z of a sigmoid: the two classes (0, z).
+        teacher: logits, same shape; a pair of one and two channels fits as well.
+            Detached here.
         labels: integer classes, shape (B, h, w), brought to H x W by nearest, or
             (M,). Rows of a box head include the background as a class.
         alpha: weight of the labelled class against the others, at least 0.
@@ -232,8 +239,8 @@ def decoupled_kl_loss(
         0 with a graph if there is none. Time and memory O(B C N).
 
     Raises:
-        ShapeError: the shapes differ or are no scores, there is one class only,
-            or ``labels`` or ``valid`` does not fit.
+        ShapeError: the shapes differ or are no scores, or ``labels`` or
+            ``valid`` does not fit.
         ConfigError: ``temperature`` is not above 0, or a weight is negative.
 
     Example:
@@ -247,7 +254,7 @@ def decoupled_kl_loss(
     check_temperature(owner, temperature)
     check_finite_number(owner, 'alpha', alpha, minimum=0)
     check_finite_number(owner, 'beta', beta, minimum=0)
-    _check_scores(owner, student, teacher)
+    student, teacher = _scores(owner, student, teacher)
     index, counts = _labelled(owner, student, labels, ignore_index, valid)
     log_t = teacher_log_of_classes(teacher, temperature, counts)
     student, teacher = _only(counts, student, teacher.detach())
@@ -264,8 +271,8 @@ def decoupled_kl_loss(
         among = torch.log_softmax(kept, dim=1)
         return torch.cat([labelled, others], dim=1), among.masked_fill(one, LOWEST)
 
-    against_s, among_s = split(student / temperature, log_of_classes(student, temperature))
-    against_t, among_t = split(teacher / temperature, log_t)
+    against_s, among_s = split(divided(student, temperature), log_of_classes(student, temperature))
+    against_t, among_t = split(divided(teacher, temperature), log_t)
     both = alpha * kl_along(against_s, against_t, 1) + beta * kl_along(among_s, among_t, 1)
     return temperature**2 * masked_mean(both, counts)
 
@@ -297,8 +304,10 @@ def weighted_soft_label_loss(
     the weights carry none.
 
     Args:
-        student: logits, shape (B, C, H, W) or (M, C), any float dtype.
-        teacher: logits, same shape. Detached here.
+        student: logits, shape (B, C, H, W) or (M, C), any float dtype. One
+            channel is the score z of a sigmoid: the two classes (0, z).
+        teacher: logits, same shape; a pair of one and two channels fits as well.
+            Detached here.
         labels: integer classes, shape (B, h, w), brought to H x W by nearest, or
             (M,).
         temperature: T, above 0, a number or a scalar tensor.
@@ -311,8 +320,8 @@ def weighted_soft_label_loss(
         0 with a graph if there is none. Time and memory O(B C N).
 
     Raises:
-        ShapeError: the shapes differ or are no scores, there is one class only,
-            or ``labels`` or ``valid`` does not fit.
+        ShapeError: the shapes differ or are no scores, or ``labels`` or
+            ``valid`` does not fit.
         ConfigError: ``temperature`` is not above 0.
 
     Example:
@@ -322,7 +331,7 @@ def weighted_soft_label_loss(
     """
     owner = 'weighted_soft_label_loss'
     check_temperature(owner, temperature)
-    _check_scores(owner, student, teacher)
+    student, teacher = _scores(owner, student, teacher)
     index, counts = _labelled(owner, student, labels, ignore_index, valid)
     (student,) = _only(counts, student)
 
@@ -368,7 +377,8 @@ def zipf_label_loss(
     not change when a constant is added to all logits of a pixel.
 
     Args:
-        student: logits, shape (B, C, H, W), any float dtype.
+        student: logits, shape (B, C, H, W), any float dtype; of two classes (or
+            the one channel of a sigmoid) the value is 0.
         teacher: logits whose highest class is the vote, same shape; detached.
             ``None``: the student's own.
         labels: integer classes, shape (B, h, w), brought to H x W by nearest.
@@ -382,8 +392,8 @@ def zipf_label_loss(
         0 with a graph if there is none. Time O(B N C (k + log C)), memory O(B C N).
 
     Raises:
-        ShapeError: an input is not 4-D, the shapes differ, there is one class
-            only, or ``labels`` or ``valid`` does not fit.
+        ShapeError: an input is not 4-D, the shapes differ, or ``labels`` or
+            ``valid`` does not fit.
         ConfigError: ``kernel_size`` is not odd.
 
     Example:
@@ -395,10 +405,9 @@ def zipf_label_loss(
     if isinstance(kernel_size, bool) or not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 == 0:
         raise ConfigError(f'{owner}: `kernel_size` must be an odd integer above 0, got {kernel_size!r}.')
     check_ndim(owner, 'student', student, 4, '(B, C, H, W)')
-    _check_scores(owner, student, student if teacher is None else teacher)
+    student, voter = _scores(owner, student, student if teacher is None else teacher)
     index, counts = _labelled(owner, student, labels, ignore_index, valid)
-    voter = (student if teacher is None else teacher).detach()
-    student, voter = _only(counts, student, voter)
+    student, voter = _only(counts, student, voter.detach())
     classes = student.shape[1]
     one = torch.zeros_like(student, dtype=torch.bool).scatter_(1, index.unsqueeze(1), True)
 
@@ -415,7 +424,9 @@ def zipf_label_loss(
 
     kept = student.clamp(min=torch.finfo(student.dtype).min).masked_fill(one, -torch.inf)
     among = torch.log_softmax(kept, dim=1).masked_fill(one, 0.0).clamp(min=LOWEST)
-    return masked_mean((torch.special.xlogy(zipf, zipf) - zipf * among).sum(1), counts)
+    loss = masked_mean((torch.special.xlogy(zipf, zipf) - zipf * among).sum(1), counts)
+    # A vote is a whole number, whatever it was made of; a class may be impossible.
+    return loss + nan_unless_finite(voter.clamp(min=torch.finfo(voter.dtype).min))
 
 
 @full_precision
@@ -430,7 +441,8 @@ def map_logits(logits: Tensor, class_map: Sequence[int]) -> Tensor:
     what went to classes without a counterpart.
 
     Args:
-        logits: shape (B, C, H, W) or (M, C), any float dtype.
+        logits: shape (B, C, H, W) or (M, C), any float dtype; one channel is the
+            score of class 1 of two.
         class_map: for each of the C classes the number k of the class it belongs
             to, from 0 on without a gap; -1: it has no counterpart.
 
@@ -458,6 +470,8 @@ def map_logits(logits: Tensor, class_map: Sequence[int]) -> Tensor:
         raise ConfigError(
             f'{owner}: `class_map` must number the classes it maps to 0, 1, ... without a gap, got {numbers!r}.'
         )
+    if logits.shape[1] == 1:
+        logits = two_class_logits(logits)
     if logits.shape[1] != len(numbers):
         raise ShapeError(
             f'{owner}: `logits` must have the {len(numbers)} classes of `class_map`, got {tuple(logits.shape)}.'

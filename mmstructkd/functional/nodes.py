@@ -12,7 +12,7 @@ import torch.nn.functional as torch_functional
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from mmstructkd.errors import ConfigError, ShapeError, check_ndim
+from mmstructkd.errors import MAX_SIDE, ConfigError, ShapeError, check_ndim, is_count
 from mmstructkd.functional.affinity import _pool, check_kernel_size
 from mmstructkd.functional.precision import exact_matmul, full_precision
 from mmstructkd.functional.reduce import valid_pixels
@@ -285,7 +285,7 @@ def pairs_of(counts: Tensor | None) -> Tensor | None:
 
 def check_grid(owner: str, grid: int | Sequence[int]) -> tuple[int, int]:
     """Return ``grid`` as (h, w), or raise :class:`~mmstructkd.errors.ConfigError`."""
-    sides = (grid, grid) if isinstance(grid, int) else tuple(grid)
-    if len(sides) != 2 or any(isinstance(s, bool) or not isinstance(s, int) or s < 1 for s in sides):
+    sides = (grid, grid) if isinstance(grid, int) else tuple(grid) if isinstance(grid, (tuple, list)) else ()
+    if len(sides) != 2 or not all(is_count(s) and 0 < s <= MAX_SIDE for s in sides):
         raise ConfigError(f'{owner}: `grid` must be an integer above 0 or two of them (h, w), got {grid!r}.')
     return sides[0], sides[1]

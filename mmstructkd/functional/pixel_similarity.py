@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as torch_functional
 from torch import Tensor
 
-from mmstructkd.errors import ShapeError, check_ndim
+from mmstructkd.errors import ShapeError, check_flag, check_ndim
 from mmstructkd.functional.nodes import by_peak, norm_floor, unit_vectors
 from mmstructkd.functional.precision import full_precision
 from mmstructkd.functional.reduce import masked_mean, valid_pixels
@@ -153,6 +153,7 @@ def pixel_similarity_loss(
     owner = 'pixel_similarity_loss'
     maps_s = [student] if isinstance(student, Tensor) else list(student)
     maps_t = [teacher.detach()] if isinstance(teacher, Tensor) else [t.detach() for t in teacher]
+    check_flag(owner, 'residual', residual)
     _check_maps(owner, 'student', maps_s)
     _check_maps(owner, 'teacher', maps_t)
     if len(maps_s) != len(maps_t) or maps_s[0].shape[0] != maps_t[0].shape[0]:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as torch_functional
 from torch import Tensor
 
-from mmstructkd.errors import ConfigError, check_ndim, check_same
+from mmstructkd.errors import MAX_SIDE, ConfigError, check_ndim, check_same, is_count
 from mmstructkd.functional.precision import full_precision
 from mmstructkd.functional.reduce import masked_mean, valid_pixels
 
@@ -22,10 +22,12 @@ __all__ = ['check_sizes', 'hierarchical_context_loss']
 def check_sizes(owner: str, sizes: Sequence[int]) -> tuple[int, ...]:
     """Return ``sizes`` as a tuple, or raise :class:`ConfigError`."""
     good = isinstance(sizes, (tuple, list))
-    if not good or not all(isinstance(s, int) and not isinstance(s, bool) and s > 0 for s in sizes):
+    if not good or not all(is_count(s) and 0 < s <= MAX_SIDE for s in sizes):
         raise ConfigError(
             f'{owner}: `sizes` must be a sequence of integers above 0, got {sizes!r}. Use () for the map alone.'
         )
+    if len(set(sizes)) < len(sizes):
+        raise ConfigError(f'{owner}: `sizes` must name each size once, got {sizes!r}.')
     return tuple(sizes)
 
 

@@ -12,7 +12,7 @@ from mmstructkd.errors import ConfigError, ShapeError
 from mmstructkd.functional.resize import resize_labels, resize_mask
 from mmstructkd.functional.sharing import once
 
-__all__ = ['masked_mean', 'mean_of_sum', 'valid_pixels']
+__all__ = ['masked_mean', 'mean_of_sum', 'nan_unless_finite', 'valid_pixels']
 
 
 def mean_of_sum(total: Tensor, count: Tensor | int) -> Tensor:
@@ -60,6 +60,29 @@ def masked_mean(values: Tensor, valid: Tensor | None = None) -> Tensor:
         return mean_of_sum(values.sum(), values.numel())
     valid = valid.expand_as(values)
     return mean_of_sum(torch.where(valid, values, 0).sum(), valid.sum())
+
+
+def nan_unless_finite(values: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Return 0, or NaN where a value that counts is not finite.
+
+    To be added to a loss that would hide it: what saturates at infinity, or
+    looks at a part of the values.
+
+    Args:
+        values: any shape, floating point. Without a gradient here.
+        valid: bool, broadcastable to the shape of ``values``. ``None``: all.
+
+    Returns:
+        Scalar, without a graph.
+
+    Example:
+        >>> nan_unless_finite(torch.tensor([1.0, torch.inf])).item()
+        nan
+        >>> nan_unless_finite(torch.tensor([1.0, torch.inf]), torch.tensor([True, False])).item()
+        0.0
+    """
+    nothing = 0 * values.detach()
+    return (nothing if valid is None else torch.where(valid, nothing, 0)).sum()
 
 
 def valid_pixels(

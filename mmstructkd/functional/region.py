@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mmstructkd.errors import ShapeError, check_ndim, check_positive, check_same
+from mmstructkd.errors import ShapeError, check_flag, check_ndim, check_positive, check_same
 from mmstructkd.functional.nodes import norm_floor, unit_vectors
 from mmstructkd.functional.precision import exact_matmul, full_precision
 from mmstructkd.functional.reduce import masked_mean, valid_pixels
@@ -157,6 +157,7 @@ def intra_class_variation_loss(
         0.0858
     """
     owner = 'intra_class_variation_loss'
+    check_flag(owner, 'count_ignored', count_ignored)
     check_ndim(owner, 'student', student, 4, '(B, D, H, W)')
     check_ndim(owner, 'teacher', teacher, 4, '(B, D, H, W)')
     check_same(

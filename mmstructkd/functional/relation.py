@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as torch_functional
 from torch import Tensor
 
-from mmstructkd.errors import ConfigError, check_finite_number, check_ndim, check_positive, check_same
+from mmstructkd.errors import ConfigError, check_finite_number, check_flag, check_ndim, check_positive, check_same
 from mmstructkd.functional.affinity import _offsets, _shifted, _wide
 from mmstructkd.functional.nodes import (
     as_sets,
@@ -109,7 +109,8 @@ def _geometry(nodes: Tensor, counts: Tensor | None, floor: float) -> tuple[Tenso
     length = gram.diagonal(dim1=1, dim2=2)
     both = length[:, :, None] + length[:, None, :]
     square = both - 2 * gram
-    apart = square.detach() > (_ROUNDING * both.detach()).clamp(min=floor**2)
+    # Not `>`: what is not a number stays one.
+    apart = ~(square.detach() <= (_ROUNDING * both.detach()).clamp(min=floor**2))
     safe = torch.where(apart, square, 1)
     return gram, torch.where(apart, safe.sqrt(), 0), torch.where(apart, safe.rsqrt(), 0)
 
@@ -459,6 +460,7 @@ def local_structure_loss(
     if isinstance(radius, bool) or not isinstance(radius, int) or radius < 1:
         raise ConfigError(f'{owner}: `radius` must be an integer of at least 1, got {radius!r}.')
     check_temperature(owner, temperature)
+    check_flag(owner, 'include_self', include_self)
     check_ndim(owner, 'student', student, 4, '(B, D, H, W)')
     check_ndim(owner, 'teacher', teacher, 4, '(B, D, H, W)')
     check_same(

@@ -14,6 +14,7 @@ from mmstructkd.functional.sharing import once
 
 __all__ = [
     'check_temperature',
+    'divided',
     'kl_along',
     'log_of_classes',
     'log_of_positions',
@@ -53,6 +54,28 @@ def check_temperature(owner: str, temperature: float | Tensor) -> None:
         )
 
 
+def divided(scores: Tensor, temperature: float | Tensor) -> Tensor:
+    """Divide scores by a temperature.
+
+    Args:
+        scores: any shape; minus infinity is a class of probability 0.
+        temperature: a number, or a scalar tensor, which a score of minus infinity
+            gives no NaN for its gradient.
+
+    Returns:
+        Same shape.
+
+    Example:
+        >>> temperature = torch.tensor(2.0, requires_grad=True)
+        >>> divided(torch.tensor([-torch.inf, 1.0]), temperature).softmax(0).sum().backward()
+        >>> temperature.grad.item()
+        0.0
+    """
+    if isinstance(temperature, Tensor):
+        scores = scores.clamp(min=torch.finfo(scores.dtype).min)
+    return scores / temperature
+
+
 def log_of_classes(logits: Tensor, temperature: float | Tensor) -> Tensor:
     """Log-probabilities of the classes at each position.
 
@@ -67,7 +90,7 @@ def log_of_classes(logits: Tensor, temperature: float | Tensor) -> Tensor:
         >>> log_of_classes(torch.tensor([[0.0, 0.0]]), 2.0).exp()
         tensor([[0.5000, 0.5000]])
     """
-    return torch.log_softmax(logits / temperature, dim=1)
+    return torch.log_softmax(divided(logits, temperature), dim=1)
 
 
 def teacher_log_of_classes(logits: Tensor, temperature: float | Tensor, counts: Tensor | None) -> Tensor:
@@ -115,7 +138,7 @@ def log_of_positions(scores: Tensor, temperature: float | Tensor, counts: Tensor
     if counts is not None and isinstance(temperature, Tensor):
         # What stands at an ignored position must not reach the temperature's gradient either.
         scores = torch.where(counts, scores, 0)
-    scaled = scores / temperature
+    scaled = divided(scores, temperature)
     if counts is not None:
         # The lowest finite number, not minus infinity: an image without any position that counts must
         # stay free of NaN, also in its gradient.

@@ -6,8 +6,11 @@ from typing import Any
 
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
-from mmengine.runner import Runner
+from mmengine.runner import IterBasedTrainLoop, Runner
 
+from mmstructkd.distillers.class_names import check_class_names, names_of_dataset, names_of_teacher
+from mmstructkd.distillers.schedule import WeightSchedule
+from mmstructkd.errors import ConfigError
 from mmstructkd.registry import HOOKS
 
 __all__ = ['TermScheduleHook']
@@ -30,12 +33,22 @@ class TermScheduleHook(Hook):
         self._followers: list[Any] | None = None
 
     def before_train(self, runner: Runner) -> None:
-        """Look for the modules that follow the training, once.
+        """Look for modules that follow the training and for terms that never count; compare the names of classes.
 
         Args:
             runner: the runner.
+
+        Raises:
+            ConfigError: the factor of a term is 0 throughout this training, it
+                counts epochs in a loop that has none, or the teacher has the student's classes in another order.
         """
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        for name, term in model.terms.items():
+            _check_epochs(name, term, runner)
+            _check_counts(name, term.schedule, runner, model.teacher)
+        if any(getattr(term, 'by_class', False) for term in model.terms.values()):
+            dataset = getattr(runner.train_dataloader, 'dataset', None)
+            check_class_names(model.terms.values(), names_of_dataset(dataset), names_of_teacher(model.teacher))
         self._followers = [module for module in model.terms.modules() if hasattr(module, 'set_progress')]
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
@@ -60,3 +73,39 @@ class TermScheduleHook(Hook):
                 module.set_progress(runner.epoch, runner.max_epochs)
             else:
                 module.set_progress(runner.iter, runner.max_iters)
+
+
+def _check_epochs(name: str, term: Any, runner: Runner) -> None:
+    """Refuse to count epochs in a loop that has none: what follows them would stand still, which nobody would see."""
+    if not isinstance(getattr(runner, 'train_loop', None), IterBasedTrainLoop):
+        return
+    followers = [module for module in term.modules() if hasattr(module, 'set_progress')]
+    for follower in (term.schedule, *followers):
+        if getattr(follower, 'by_epoch', False):
+            raise ConfigError(
+                f'term {name!r}: `by_epoch` of {type(follower).__name__} must be False in an IterBasedTrainLoop, which '
+                'counts no epochs, got True. Give iterations.'
+            )
+
+
+def _check_counts(name: str, schedule: WeightSchedule, runner: Runner, teacher: Any) -> None:
+    """Refuse a schedule by which the term teaches nothing, which nobody would see."""
+    unit, last = ('epoch', runner.max_epochs) if schedule.by_epoch else ('iteration', runner.max_iters)
+    counts = (step for step in range(last) if schedule.factor(step, last) > 0)
+    if not schedule.by_epoch:
+        counts = (step for step in counts if teacher.pace(step) > 0)
+    if last < 1 or next(counts, None) is not None:
+        return
+    owner = f'term {name!r}: `schedule`'
+    if schedule.begin >= last:
+        way_out = 'Begin earlier, train longer, or remove the term.'
+        if schedule.by_epoch and runner.max_iters > 1 and last == 1:
+            way_out = 'This loop counts one epoch: set by_epoch=False and give iterations.'
+        raise ConfigError(
+            f'{owner} must begin before the training ends, got begin={schedule.begin} in a training of {last} '
+            f'{unit}{"s" if last > 1 else ""}. {way_out}'
+        )
+    raise ConfigError(
+        f'{owner} must be above 0 at some {unit} of the {last} of this training at which the teacher is asked, got '
+        f'{schedule}. Raise its factors or widen its window; loss_weight=0 switches a term off.'
+    )

@@ -7,7 +7,6 @@ from torch import Tensor
 from mmstructkd.errors import check_one_of
 from mmstructkd.functional.statistics import REDUCTIONS, attention_transfer_loss, check_power
 from mmstructkd.losses.base import DistillLoss
-from mmstructkd.losses.positions import counting_positions
 from mmstructkd.registry import MODELS
 from mmstructkd.structures import Targets
 
@@ -26,6 +25,9 @@ class AttentionTransferLoss(DistillLoss):
     with ``reduction='mean'``, whose value falls with one over the number of
     positions. ``reduction='sum'`` keeps its scale when the map grows; a weight
     of some units has the effect there.
+
+    Pixels without a label count, as in the published code (``where='inside'``);
+    padding does not.
 
     Args:
         loss_weight: factor of the loss, finite and at least 0.
@@ -64,7 +66,7 @@ class AttentionTransferLoss(DistillLoss):
 
     def compute(self, student: Tensor, teacher: Tensor, targets: Targets) -> Tensor:
         """Return the unweighted loss."""
-        valid = counting_positions(type(self).__name__, student, targets)
+        valid = self.counting(student, targets)
         return attention_transfer_loss(student, teacher, power=self.power, reduction=self.reduction, valid=valid)
 
     def extra_repr(self) -> str:

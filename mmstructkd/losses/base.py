@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from mmstructkd.errors import check_finite_number
-from mmstructkd.functional.resize import resize_labels, resize_mask
+from mmstructkd.errors import ConfigError, check_finite_number, check_one_of
+from mmstructkd.functional.resize import resize_labels
+from mmstructkd.losses.positions import PLACES, counting_positions
 from mmstructkd.structures import Targets
 
 __all__ = ['DistillLoss']
@@ -29,6 +30,16 @@ class DistillLoss(nn.Module):
             widths differ.
         needs_equal_size: the term resizes the teacher to the student's grid.
         needs_images: the term hands over the input images in the targets.
+        over_classes: its distributions run over the channels as classes. One
+            channel then is the score of a sigmoid, see
+            :mod:`~mmstructkd.functional.binary`.
+        by_class: it compares channel k of the student with channel k of the
+            teacher although nothing is a distribution over the channels.
+        where: which positions count: ``'inside'`` the image, whether labelled
+            or not, or only the ``'labelled'`` ones. What the method's published
+            code does, unless a term says otherwise; see :meth:`restrict`.
+        needs_labels: it compares with the label of each position, and means
+            nothing where there is none.
         own_optimizer: config of the optimiser for this loss's own parameters
             (a critic's); ``None``: they go with the student's.
     """
@@ -39,12 +50,64 @@ class DistillLoss(nn.Module):
     needs_equal_channels: bool = True
     needs_equal_size: bool = True
     needs_images: bool = False
+    over_classes: bool = False
+    by_class: bool = False
+    where: str = 'inside'
+    needs_labels: bool = False
     own_optimizer: dict | None = None
 
     def __init__(self, loss_weight: float = 1.0) -> None:
         super().__init__()
         check_finite_number(type(self).__name__, 'loss_weight', loss_weight, minimum=0)
         self.loss_weight = float(loss_weight)
+
+    def restrict(self, where: str) -> None:
+        """Say which positions count.
+
+        Args:
+            where: ``'inside'`` the image, or only the ``'labelled'`` ones.
+
+        Raises:
+            ConfigError: it is neither, or the loss needs the labels.
+        """
+        owner = type(self).__name__
+        check_one_of(owner, 'where', where, PLACES)
+        if where == 'inside' and self.needs_labels:
+            raise ConfigError(
+                f"{owner}: `where` must be 'labelled', got 'inside'. The loss compares with the label of each "
+                'position: leave `where` out, or take a loss (or a setting of this one) that needs no labels.'
+            )
+        self.where = where
+
+    def counting(self, reference: Tensor, targets: Targets) -> Tensor | None:
+        """Which positions of a tensor count, by the targets and :attr:`where`.
+
+        Args:
+            reference: a tensor of the loss, shape (B, D, H, W) or (M, C).
+            targets: what the batch knows besides.
+
+        Returns:
+            Bool, shape (B, H, W) or (M,); ``None``: all.
+        """
+        return counting_positions(type(self).__name__, reference, targets, where=self.where)
+
+    def check_heads(self, student: nn.Module | None, teacher: nn.Module | None) -> list[str]:
+        """Refuse heads whose output the loss cannot be about. The default takes any.
+
+        The term calls this once, before :meth:`bind`.
+
+        Args:
+            student: the head that the student's tap lies in, or the one that
+                knows its classes; ``None``: there is none.
+            teacher: the teacher's.
+
+        Returns:
+            What should be known and is no error, in sentences.
+
+        Raises:
+            ConfigError: a head does not predict what the loss compares.
+        """
+        return []
 
     def bind(self, student: Tensor, teacher: Tensor) -> None:
         """Build what depends on sizes, once, before the optimiser is made.
@@ -63,8 +126,8 @@ class DistillLoss(nn.Module):
         Args:
             student: the student's tensor.
             teacher: the teacher's tensor, made comparable by the term.
-            targets: what the batch knows besides; resize with :meth:`labels_at`
-                and :meth:`valid_at`.
+            targets: what the batch knows besides; :meth:`counting` says which
+                positions count.
 
         Returns:
             A scalar, or a dict: the key ``''`` is the student's part, any other
@@ -85,11 +148,6 @@ class DistillLoss(nn.Module):
         """Labels on a grid of ``size``, nearest; ``None`` if there are none."""
         return None if targets.labels is None else resize_labels(targets.labels, size)
 
-    @staticmethod
-    def valid_at(targets: Targets, size: tuple[int, int]) -> Tensor | None:
-        """Pixels that count on a grid of ``size``, nearest; ``None``: all."""
-        return None if targets.valid is None else resize_mask(targets.valid, size)
-
     def extra_repr(self) -> str:
-        """Show the weight in the model's print-out."""
-        return f'loss_weight={self.loss_weight:g}'
+        """Show the weight, and where the loss counts, in the model's print-out."""
+        return f'loss_weight={self.loss_weight:g}, where={self.where!r}'

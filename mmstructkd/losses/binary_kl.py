@@ -6,9 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from mmstructkd.errors import ConfigError, check_one_of
+from mmstructkd.errors import ConfigError, check_count, check_one_of
 from mmstructkd.functional.detection import binary_kl_loss, inside_boxes
-from mmstructkd.losses.class_targets import counting
 from mmstructkd.losses.softening import SoftenedLoss
 from mmstructkd.registry import MODELS
 from mmstructkd.structures import Targets
@@ -27,11 +26,12 @@ class BinaryKLLoss(SoftenedLoss):
     :func:`~mmstructkd.functional.detection.binary_kl_loss` for the formula. Tap the
     class maps: ``'bbox_head.conv_cls'`` of FCOS, ``'bbox_head.retina_cls'`` of
     RetinaNet (with its number of ``anchors``), ``'bbox_head.gfl_cls'`` of GFL. The
-    default weight is this project's; no published value is known.
+    default weight is this project's; no published value is known. Positions without
+    a label count like all others (``where='inside'``): boxes label none.
 
     Args:
         loss_weight: factor of the loss, finite and at least 0.
-        temperature: softens both: a number above 0, or the config of a registered
+        temperature: softens both: a number from 0.001 to 1000, or the config of a registered
             temperature (not the standardised one: a class alone has no spread).
             The loss is multiplied by its square.
         anchors: anchors of a position, side by side in the channels.
@@ -57,6 +57,7 @@ class BinaryKLLoss(SoftenedLoss):
 
     # A 1x1 convolution would let the student hide behind it: classes must be the same ones.
     needs_equal_channels = False
+    by_class = True
     softened_axes = None
     tasks = ('seg', 'det')
     transfers = 'independent (sigmoid) class probabilities, most where the teacher is sure'
@@ -72,8 +73,7 @@ class BinaryKLLoss(SoftenedLoss):
     ) -> None:
         super().__init__(loss_weight, temperature)
         owner = type(self).__name__
-        if isinstance(anchors, bool) or not isinstance(anchors, int) or anchors < 1:
-            raise ConfigError(f'{owner}: `anchors` must be an integer above 0, got {anchors!r}.')
+        check_count(owner, 'anchors', anchors)
         check_one_of(owner, 'normalizer', normalizer, NORMALIZERS)
         self.anchors = anchors
         self.normalizer = normalizer
@@ -81,7 +81,7 @@ class BinaryKLLoss(SoftenedLoss):
     def compute(self, student: Tensor, teacher: Tensor, targets: Targets) -> Tensor:
         """Return the unweighted loss."""
         owner = type(self).__name__
-        valid = counting(owner, student, targets)
+        valid = self.counting(student, targets)
         normalizer: str | Tensor = self.normalizer
         if normalizer == 'boxes':
             if student.dim() != 4 or targets.boxes is None or targets.input_size is None:

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from mmstructkd.functional.affinity import check_kernel_size
 from mmstructkd.functional.classes import category_similarity_loss
-from mmstructkd.functional.reduce import valid_pixels
 from mmstructkd.losses.softening import SoftenedLoss
 from mmstructkd.registry import MODELS
 from mmstructkd.structures import Targets
@@ -29,15 +28,16 @@ class CategorySimilarityLoss(SoftenedLoss):
 
     Args:
         loss_weight: factor of the loss, finite and at least 0.
-        temperature: softens the distributions over positions: a number above 0, or the config of a registered
-            temperature.
+        temperature: softens the distributions over positions: a number from 0.001 to
+            1000, or the config of a registered temperature.
         kernel_size: side of the patches that are averaged first, or (h, w).
 
     Shape:
         - student, teacher: :math:`(B, C, H, W)`; the teacher is detached.
         - output: scalar in [0, 1], no unit, 0 with a graph where no pixel counts.
 
-    Pixels without a label and padding are no part of any distribution.
+    Pixels without a label count, as in that re-implementation
+    (``where='inside'``); padding is no part of any distribution.
 
     Raises:
         ConfigError: an argument is out of range.
@@ -52,6 +52,7 @@ class CategorySimilarityLoss(SoftenedLoss):
 
     # A 1x1 convolution would let the student hide behind it: classes must be the same ones.
     needs_equal_channels = False
+    over_classes = True
     softened_axes = (2, 3)
     tasks = ('seg', 'depth', 'det')
     transfers = 'products of the distributions of classes over the map'
@@ -70,13 +71,7 @@ class CategorySimilarityLoss(SoftenedLoss):
 
     def compute(self, student: Tensor, teacher: Tensor, targets: Targets) -> Tensor:
         """Return the unweighted loss."""
-        valid = valid_pixels(
-            type(self).__name__,
-            student,
-            labels=targets.labels,
-            ignore_index=targets.ignore_index,
-            valid=targets.valid,
-        )
+        valid = self.counting(student, targets)
         student, teacher, temperature = self.soften(student, teacher, targets)
         return category_similarity_loss(
             student, teacher, temperature=temperature, kernel_size=self.kernel_size, valid=valid

@@ -7,7 +7,6 @@ from typing import Any
 from torch import Tensor
 
 from mmstructkd.functional.divergence import channelwise_kl_loss
-from mmstructkd.functional.reduce import valid_pixels
 from mmstructkd.losses.softening import SoftenedLoss
 from mmstructkd.registry import MODELS
 from mmstructkd.structures import Targets
@@ -28,14 +27,15 @@ class ChannelwiseKLLoss(SoftenedLoss):
 
     Args:
         loss_weight: factor of the loss, finite and at least 0.
-        temperature: softens both distributions: a number above 0, or the config
+        temperature: softens both distributions: a number from 0.001 to 1000, or the config
             of a registered temperature. The loss is multiplied by its square.
 
     Shape:
         - student, teacher: :math:`(B, C, H, W)`; the teacher is detached.
         - output: scalar, in nats, 0 with a graph where no pixel counts.
 
-    Pixels without a label and padding are no part of either distribution.
+    Pixels without a label count, as in the published code
+    (``where='inside'``); padding is no part of either distribution.
 
     Raises:
         ConfigError: an argument is out of range.
@@ -59,12 +59,6 @@ class ChannelwiseKLLoss(SoftenedLoss):
 
     def compute(self, student: Tensor, teacher: Tensor, targets: Targets) -> Tensor:
         """Return the unweighted loss."""
-        valid = valid_pixels(
-            type(self).__name__,
-            student,
-            labels=targets.labels,
-            ignore_index=targets.ignore_index,
-            valid=targets.valid,
-        )
+        valid = self.counting(student, targets)
         student, teacher, temperature = self.soften(student, teacher, targets)
         return channelwise_kl_loss(student, teacher, temperature=temperature, valid=valid)

@@ -7,45 +7,18 @@ from typing import Any
 
 from torch import Tensor
 
-from mmstructkd.errors import ConfigError
+from mmstructkd.errors import ConfigError, is_count
+from mmstructkd.functional.binary import two_class_logits
 from mmstructkd.functional.logits import map_logits
-from mmstructkd.functional.reduce import valid_pixels
 from mmstructkd.structures import Targets
 
-__all__ = ['TARGETS', 'ClassMap', 'class_targets', 'counting']
+__all__ = ['TARGETS', 'ClassMap', 'class_targets']
 
 TARGETS = ('labels', 'teacher')
 
 
-def counting(owner: str, student: Tensor, targets: Targets) -> Tensor | None:
-    """Which pixels of a map, or which rows, count.
-
-    Args:
-        owner: the loss, for messages.
-        student: the student's scores, shape (B, C, H, W) or (M, C).
-        targets: what the batch knows besides. Maps say nothing about rows: these
-            use labels and masks of shape (M,) only.
-
-    Returns:
-        Bool, shape (B, H, W) or (M,); ``None``: all count.
-    """
-    if student.dim() == 4:
-        return valid_pixels(
-            owner, student, labels=targets.labels, ignore_index=targets.ignore_index, valid=targets.valid
-        )
-    labels, valid = (_of_rows(field, student) for field in (targets.labels, targets.valid))
-    return valid_pixels(owner, student, labels=labels, ignore_index=targets.ignore_index, valid=valid)
-
-
-def _of_rows(field: Tensor | None, student: Tensor) -> Tensor | None:
-    """A field of the targets, if it is about the rows."""
-    return field if field is not None and tuple(field.shape) == tuple(student.shape[:1]) else None
-
-
-def class_targets(
-    owner: str, target: str, student: Tensor, teacher: Tensor, targets: Targets
-) -> tuple[Tensor, Tensor | None]:
-    """The right class of each pixel or row, and which count.
+def class_targets(owner: str, target: str, student: Tensor, teacher: Tensor, targets: Targets) -> Tensor:
+    """The right class of each pixel or row.
 
     Args:
         owner: the loss, for messages.
@@ -55,16 +28,16 @@ def class_targets(
         targets: what the batch knows besides.
 
     Returns:
-        Classes, shape (B, h, w) or (M,), and :func:`counting`'s mask. A pixel to be
-        ignored is out of the mask.
+        Classes, shape (B, h, w) or (M,).
 
     Raises:
         ConfigError: there are no labels.
     """
-    valid = counting(owner, student, targets)
     if target == 'teacher':
-        return teacher.detach().argmax(dim=1), valid
-    labels = targets.labels if student.dim() == 4 else _of_rows(targets.labels, student)
+        return teacher.detach().argmax(dim=1)
+    labels = targets.labels
+    if student.dim() != 4 and labels is not None and tuple(labels.shape) != tuple(student.shape[:1]):
+        labels = None  # a map of the batch says nothing about rows
     if labels is None:
         wanted = 'a map of the batch' if student.dim() == 4 else f'of shape {tuple(student.shape[:1])}'
         got = 'None' if targets.labels is None else str(tuple(targets.labels.shape))
@@ -72,7 +45,7 @@ def class_targets(
             f"{owner}: `targets.labels` must be {wanted} for target='labels', got {got}. "
             "Set target='teacher' to take the class that the teacher scores highest."
         )
-    return labels, valid
+    return labels
 
 
 class ClassMap:
@@ -89,7 +62,7 @@ class ClassMap:
 
     def __init__(self, owner: str, numbers: Sequence[int]) -> None:
         good = isinstance(numbers, Sequence) and not isinstance(numbers, str)
-        if not good or any(isinstance(k, bool) or not isinstance(k, int) or k < -1 for k in numbers):
+        if not good or any(not is_count(k) or k < -1 for k in numbers):
             raise ConfigError(
                 f'{owner}: `class_map` must hold for each class of the teacher a class of the student, or -1, '
                 f'got {numbers!r}.'
@@ -107,7 +80,8 @@ class ClassMap:
         """Return scores of both over the classes that both know.
 
         Args:
-            student: scores, shape (B, C, H, W) or (M, C).
+            student: scores, shape (B, C, H, W) or (M, C); one channel is the
+                score of class 1 of two.
             teacher: scores over its own classes.
 
         Returns:
@@ -116,6 +90,10 @@ class ClassMap:
         Raises:
             ConfigError: the map does not fit the classes of one of the two.
         """
+        if student.dim() in (2, 4) and student.shape[1] == 1:
+            student = two_class_logits(student)
+        if teacher.dim() in (2, 4) and teacher.shape[1] == 1:
+            teacher = two_class_logits(teacher)
         if teacher.dim() > 1 and teacher.shape[1] != len(self.numbers):
             raise ConfigError(
                 f"{self.owner}: `class_map` must have one entry for each of the teacher's {teacher.shape[1]} classes, "

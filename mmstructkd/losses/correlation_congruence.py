@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mmstructkd.errors import ConfigError, check_one_of, check_positive
+from mmstructkd.errors import ConfigError, check_count, check_one_of, check_positive
 from mmstructkd.functional.relation import adjacent_correlation_loss, correlation_congruence_loss
 from mmstructkd.losses.node_loss import NodeLoss
 from mmstructkd.losses.presets import settle
@@ -15,6 +15,10 @@ from mmstructkd.structures import Targets
 
 __all__ = ['CorrelationCongruenceLoss']
 
+#: Largest gamma: the kernel of two equal nodes is at least 1e-4 of what the whole series gives.
+_STEEPEST = 5.0
+#: Of the series; far more than its sum needs, and a float holds the factorial.
+MAX_ORDER = 100
 _MODES = ('kernel', 'adjacent')
 _DEFAULTS: dict[str, Any] = {'loss_weight': 1.0, 'mode': 'kernel', 'nodes': 'cells'}
 _PRESETS: dict[str, dict[str, Any]] = {'code': {'loss_weight': 0.02, 'mode': 'adjacent', 'nodes': 'images'}}
@@ -59,7 +63,9 @@ class CorrelationCongruenceLoss(NodeLoss):
           detached.
         - output: scalar, 0 with a graph where nothing counts.
 
-    Pixels without a label and padding are no part of any node.
+    Pixels without a label count (``where='inside'``), since the published code
+    takes whole images; with ``nodes='classes'`` labelled ones only. Padding is no
+    part of any node.
 
     Raises:
         ConfigError: an argument is out of range or contradicts the preset, or
@@ -95,8 +101,12 @@ class CorrelationCongruenceLoss(NodeLoss):
         super().__init__(settings['loss_weight'], nodes=settings['nodes'], grid=grid, num_classes=num_classes)
         check_one_of(owner, 'mode', settings['mode'], _MODES)
         check_positive(owner, 'gamma', gamma)
-        if isinstance(order, bool) or not isinstance(order, int) or order < 1:
-            raise ConfigError(f'{owner}: `order` must be an integer of at least 1, got {order!r}.')
+        if gamma > _STEEPEST:
+            raise ConfigError(
+                f'{owner}: `gamma` must be at most {_STEEPEST:g}, got {gamma!r}: the few terms of the series that are '
+                'taken begin with exp(-2 gamma), and would all vanish. Published: 0.4.'
+            )
+        check_count(owner, 'order', order, maximum=MAX_ORDER)
         self.preset = preset
         self.mode: str = settings['mode']
         self.gamma = float(gamma)

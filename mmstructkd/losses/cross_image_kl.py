@@ -7,10 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from mmstructkd.errors import ConfigError
+from mmstructkd.errors import check_count
 from mmstructkd.functional.affinity import check_kernel_size
 from mmstructkd.functional.nodes import pool_nodes
-from mmstructkd.functional.reduce import valid_pixels
 from mmstructkd.functional.relation import cross_image_kl_loss
 from mmstructkd.losses.softening import SoftenedLoss
 from mmstructkd.registry import MODELS
@@ -26,13 +25,17 @@ class CrossImageKLLoss(SoftenedLoss):
     Mini-batch term of Cross-Image Relational distillation, CIRKD (CVPR 2022).
     See :func:`~mmstructkd.functional.relation.cross_image_kl_loss` for the
     formula. Tap features, e.g. the last ones before the classifier; widths may
-    differ. The default weight is published. Images are those of one process.
-    The memory terms are :class:`~mmstructkd.losses.MemoryContrastLoss`.
+    differ. The default weight is published. The memory terms are
+    :class:`~mmstructkd.losses.MemoryContrastLoss`.
+
+    With several processes each compares its own images, B^2 pairs, so that the
+    gradient is the mean over their batches, not that of one joint batch: n
+    processes of B images see n B^2 pairs, one process of n B images n^2 B^2.
 
     Args:
         loss_weight: factor of the loss, finite and at least 0.
-        temperature: of the softmax over cosines: a number above 0, or the config of a registered
-            temperature.
+        temperature: of the softmax over cosines: a number from 0.001 to 1000, or the
+            config of a registered temperature.
         max_positions: maps with more positions than this are averaged over the
             smallest square patches that bring them below it. Published: 4 x 4
             patches from 256 x 256 positions on, that is at least 4096 positions.
@@ -43,7 +46,8 @@ class CrossImageKLLoss(SoftenedLoss):
         - student: :math:`(B, D_s, H, W)`; teacher: :math:`(B, D_t, H, W)`, detached.
         - output: scalar, in nats, 0 with a graph where no pixel counts.
 
-    Pixels without a label and padding are no part of any place.
+    Pixels without a label count, as in the published code
+    (``where='inside'``); padding is no part of any place.
 
     Raises:
         ConfigError: an argument is out of range.
@@ -72,20 +76,13 @@ class CrossImageKLLoss(SoftenedLoss):
     ) -> None:
         super().__init__(loss_weight, temperature)
         owner = type(self).__name__
-        if isinstance(max_positions, bool) or not isinstance(max_positions, int) or max_positions < 1:
-            raise ConfigError(f'{owner}: `max_positions` must be an integer above 0, got {max_positions!r}.')
+        check_count(owner, 'max_positions', max_positions)
         self.max_positions = max_positions
         self.kernel_size = None if kernel_size is None else check_kernel_size(owner, kernel_size)
 
     def compute(self, student: Tensor, teacher: Tensor, targets: Targets) -> Tensor:
         """Return the unweighted loss."""
-        valid = valid_pixels(
-            type(self).__name__,
-            student,
-            labels=targets.labels,
-            ignore_index=targets.ignore_index,
-            valid=targets.valid,
-        )
+        valid = self.counting(student, targets)
         kernel = self._kernel_at(student.shape[-2], student.shape[-1])
         if kernel != (1, 1) and student.shape[-2:] == teacher.shape[-2:]:
             student, counts = pool_nodes(student, kernel, valid)

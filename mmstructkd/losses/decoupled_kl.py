@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from mmstructkd.errors import check_finite_number, check_one_of
+from mmstructkd.errors import ConfigError, check_one_of, check_some_weight
+from mmstructkd.functional.binary import as_two_classes
 from mmstructkd.functional.logits import decoupled_kl_loss
 from mmstructkd.losses.class_targets import TARGETS, class_targets
 from mmstructkd.losses.presets import settle
@@ -42,13 +43,15 @@ class DecoupledKLLoss(SoftenedLoss):
     ===========  =======  ==========  ==============
 
     The presets are the authors' settings for box heads and for classification;
-    they have none for maps. The default weight is 1, as there.
+    they have none for maps. The default weight is 1, as there. Only labelled
+    pixels count (``where='labelled'``), all with ``target='teacher'``. Of two
+    classes the second part is 0.
 
     Args:
         loss_weight: factor of the loss, finite and at least 0.
         alpha: weight of the right class against the others, at least 0.
         beta: weight of the distribution among the others.
-        temperature: softens both: a number above 0, or the config of a registered
+        temperature: softens both: a number from 0.001 to 1000, or the config of a registered
             temperature. The loss is multiplied by its square.
         target: the right class is that of the ``'labels'``, or the one that the
             ``'teacher'`` scores highest, for images without labels. (A region of a box
@@ -75,6 +78,9 @@ class DecoupledKLLoss(SoftenedLoss):
 
     # A 1x1 convolution would let the student hide behind it: classes must be the same ones.
     needs_equal_channels = False
+    over_classes = True
+    where = 'labelled'
+    needs_labels = True
     tasks = ('seg', 'det')
     transfers = 'probability of the right class, and of the others among themselves'
     paper = 'Decoupled Knowledge Distillation (arXiv:2203.08679)'
@@ -93,17 +99,36 @@ class DecoupledKLLoss(SoftenedLoss):
         given = {'loss_weight': loss_weight, 'alpha': alpha, 'beta': beta, 'temperature': temperature}
         settings = settle(owner, preset, given, defaults=_DEFAULTS, presets=_PRESETS)
         super().__init__(settings['loss_weight'], settings['temperature'])
-        check_finite_number(owner, 'alpha', settings['alpha'], minimum=0)
-        check_finite_number(owner, 'beta', settings['beta'], minimum=0)
+        check_some_weight(owner, alpha=settings['alpha'], beta=settings['beta'])
         check_one_of(owner, 'target', target, TARGETS)
         self.preset = preset
         self.alpha = float(settings['alpha'])
         self.beta = float(settings['beta'])
         self.target = target
+        self.needs_labels = target == 'labels'
+        self.where = 'labelled' if self.needs_labels else 'inside'
+
+    def bind(self, student: Tensor, teacher: Tensor) -> None:
+        """Refuse two classes where only the others of each pixel would count.
+
+        Args:
+            student: a probed tensor of the student.
+            teacher: the probed tensor of the teacher.
+
+        Raises:
+            ConfigError: there are two classes, and ``alpha`` is 0.
+        """
+        if student.shape[1] < 3 and self.alpha == 0:
+            raise ConfigError(
+                f'{type(self).__name__}: `alpha` must be above 0 for two classes, got 0. Beside the right class there '
+                'is only one other, and nothing to compare among the others.'
+            )
 
     def compute(self, student: Tensor, teacher: Tensor, targets: Targets) -> Tensor:
         """Return the unweighted loss."""
-        labels, valid = class_targets(type(self).__name__, self.target, student, teacher, targets)
+        student, teacher = as_two_classes(student, teacher)
+        labels = class_targets(type(self).__name__, self.target, student, teacher, targets)
+        valid = self.counting(student, targets)
         student, teacher, temperature = self.soften(student, teacher, targets)
         return decoupled_kl_loss(
             student,

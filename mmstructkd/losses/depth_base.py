@@ -4,19 +4,37 @@ from __future__ import annotations
 
 import torch
 from mmengine.dist import get_dist_info
-from torch import Tensor
+from torch import Tensor, nn
 
-from mmstructkd.errors import ConfigError, check_finite_number, check_one_of
-from mmstructkd.functional.depth import depth_readings
-from mmstructkd.functional.reduce import valid_pixels
+from mmstructkd.errors import ConfigError, check_count, check_finite_number, check_one_of
+from mmstructkd.functional.depth import depth_of_disparity, depth_readings, disparity_of_depth
 from mmstructkd.functional.resize import resize_labels
 from mmstructkd.functional.sampling import draw_positions
 from mmstructkd.losses.base import DistillLoss
+from mmstructkd.losses.positions import counting_positions
 from mmstructkd.structures import Targets
 
-__all__ = ['DepthLoss', 'SampledDepthLoss']
+__all__ = ['OUTPUTS', 'DepthLoss', 'SampledDepthLoss']
 
-WHERE = ('all', 'labelled', 'unlabelled')
+OUTPUTS = ('depth', 'disparity', 'same')
+#: ``'all'`` is the older name of ``'inside'``.
+WHERE = ('inside', 'labelled', 'unlabelled', 'all')
+
+
+def predicted_by(head: nn.Module | None) -> str | None:
+    """What a head says that it predicts: ``'depth'``, ``'disparity'``, or ``None``.
+
+    By an attribute ``predicts``, by the name of its class (``DisparityHead``,
+    ``InverseDepthHead``), or as a head of :mod:`mmstructkd.models`, which ends in
+    ``to_depth``.
+    """
+    said = getattr(head, 'predicts', None)
+    if said in ('depth', 'disparity'):
+        return str(said)
+    name = type(head).__name__.lower()
+    if 'disp' in name or 'inverse' in name:
+        return 'disparity'
+    return 'depth' if hasattr(head, 'to_depth') else None
 
 
 class DepthLoss(DistillLoss):
@@ -27,10 +45,18 @@ class DepthLoss(DistillLoss):
         min_depth: metres; pixels that the teacher sees nearer do not count.
         max_depth: metres; pixels that it sees further off do not count.
             ``None``: no limit.
-        where: ``'all'``; ``'labelled'``: only where the ground truth has a
-            reading (``targets.depth`` above 0, within both limits);
-            ``'unlabelled'``: only where it has none, so that the teacher fills
-            the holes of a sensor and leaves the rest to it.
+        where: ``'inside'`` the image, wherever the teacher has a reading;
+            ``'labelled'``: only where the ground truth has one too
+            (``targets.depth`` above 0, within both limits); ``'unlabelled'``:
+            only where it has none, so that the teacher fills the holes of a
+            sensor and leaves the rest to it. ``'all'`` is ``'inside'``.
+        teacher_output: what the teacher predicts: ``'depth'``; ``'disparity'``,
+            one over depth, which is turned into depth; or the ``'same'`` as the
+            student, whatever that is. The first two are checked against the
+            ground truth in the first step of training.
+        blind_to_unit: the loss compares up to scale and offset of each image, so
+            that disparity may have any: then the student's depth is turned into
+            disparity instead of the teacher's into depth.
     """
 
     # A 1x1 convolution between two depth maps would let the student have its own unit.
@@ -44,7 +70,9 @@ class DepthLoss(DistillLoss):
         *,
         min_depth: float = 0.0,
         max_depth: float | None = None,
-        where: str = 'all',
+        where: str = 'inside',
+        teacher_output: str = 'depth',
+        blind_to_unit: bool = False,
     ) -> None:
         super().__init__(loss_weight=loss_weight)
         owner = type(self).__name__
@@ -56,10 +84,94 @@ class DepthLoss(DistillLoss):
                     f'{owner}: `max_depth` must be above min_depth={min_depth!r}, got {max_depth!r}. '
                     'Both are in metres; leave it out for no limit.'
                 )
-        check_one_of(owner, 'where', where, WHERE)
         self.min_depth = float(min_depth)
         self.max_depth = None if max_depth is None else float(max_depth)
-        self.where = where
+        self.restrict(where)
+        check_one_of(owner, 'teacher_output', teacher_output, OUTPUTS)
+        self.teacher_output = teacher_output
+        self.blind_to_unit = blind_to_unit
+        if teacher_output == 'disparity' and blind_to_unit and (min_depth or max_depth is not None):
+            raise ConfigError(
+                f"{owner}: `min_depth` and `max_depth` must be left out with teacher_output='disparity', got "
+                f'{min_depth!r} and {max_depth!r}: disparity up to scale and offset has no metres.'
+            )
+
+    def restrict(self, where: str) -> None:
+        """Say which positions count.
+
+        Args:
+            where: ``'inside'`` the image, or only those where the ground truth
+                has (``'labelled'``) or has not (``'unlabelled'``) a reading.
+
+        Raises:
+            ConfigError: it is none of them.
+        """
+        check_one_of(type(self).__name__, 'where', where, WHERE)
+        self.where = 'inside' if where == 'all' else where
+
+    def check_heads(self, student: nn.Module | None, teacher: nn.Module | None) -> list[str]:
+        """Refuse a teacher whose head says that it predicts something else; name other ranges.
+
+        Args:
+            student: the student's head.
+            teacher: the teacher's.
+
+        Returns:
+            A sentence where the two have other ranges.
+
+        Raises:
+            ConfigError: a head predicts disparity, or depth, and the loss is told
+                otherwise.
+        """
+        owner = type(self).__name__
+        says = {side: predicted_by(head) for side, head in (('student', student), ('teacher', teacher))}
+        wanted = {'same': says['student']}.get(self.teacher_output, self.teacher_output)
+        if says['teacher'] is not None and wanted is not None and says['teacher'] != wanted:
+            raise ConfigError(
+                f'{owner}: `teacher_output` must be what the teacher predicts, got {self.teacher_output!r} for a '
+                f'{type(teacher).__name__}, whose output is {says["teacher"]}. '
+                f'Set teacher_output={says["teacher"]!r}.'
+            )
+        if says['student'] == 'disparity' and self.teacher_output != 'same':
+            raise ConfigError(
+                f'{owner}: the student must predict depth with teacher_output={self.teacher_output!r}, got a '
+                f'{type(student).__name__}, whose output is disparity. Set '
+                "teacher_output='same' where the teacher predicts disparity as well."
+            )
+        return [] if self.blind_to_unit else self._other_range(student, teacher)
+
+    def _other_range(self, student: nn.Module | None, teacher: nn.Module | None) -> list[str]:
+        """Name the ranges of two heads where one ends nearer, unless the loss ends there too."""
+        ends = [getattr(head, 'max_depth', None) for head in (student, teacher)]
+        known = [end for end in ends if isinstance(end, (int, float))]
+        if len(known) < 2 or known[0] == known[1] or (self.max_depth is not None and self.max_depth <= min(known)):
+            return []
+        return [
+            f'{type(self).__name__}: the heads have other ranges: max_depth={known[0]:g} m of the student and '
+            f'{known[1]:g} m of the teacher. What lies beyond {min(known):g} m one of them cannot say; set '
+            f'max_depth={min(known):g} of the loss to leave it out.'
+        ]
+
+    def prepare(self, student: Tensor, teacher: Tensor, targets: Targets) -> tuple[Tensor, Tensor, Tensor]:
+        """Bring both maps to one unit, and say which pixels count.
+
+        Args:
+            student: depth of the student, (B, 1, H, W) or (B, H, W).
+            teacher: what the teacher predicts, the same.
+            targets: what the batch knows besides.
+
+        Returns:
+            Student, teacher and :meth:`counts`, for the functional core.
+
+        Raises:
+            ConfigError: ``where`` asks for ground truth that is not there.
+        """
+        if self.teacher_output == 'disparity':
+            if self.blind_to_unit:
+                student = disparity_of_depth(student)
+            else:
+                teacher = depth_of_disparity(teacher.detach())
+        return student, teacher, self.counts(student, teacher, targets)
 
     def counts(self, student: Tensor, teacher: Tensor, targets: Targets) -> Tensor:
         """Pixels that count: inside the image, read by the teacher, within the limits, and ``where``.
@@ -78,21 +190,16 @@ class DepthLoss(DistillLoss):
         owner = type(self).__name__
         counts = depth_readings(teacher, min_depth=self.min_depth, max_depth=self.max_depth)
         size = (counts.shape[-2], counts.shape[-1])
-        given = valid_pixels(
-            owner,
-            counts[:, None],
-            labels=targets.labels,
-            ignore_index=targets.ignore_index,
-            valid=targets.valid,
-        )
+        # Labels of classes say nothing about depth.
+        given = counting_positions(owner, counts[:, None], targets)
         if given is not None:
             counts = counts & given
-        if self.where == 'all':
+        if self.where == 'inside':
             return counts
         if targets.depth is None:
             raise ConfigError(
                 f'{owner}: `targets.depth` must be given for where={self.where!r}, got None. '
-                "Load depth maps with the batch, or take where='all'."
+                "Load depth maps with the batch, or take where='inside'."
             )
         truth = resize_labels(targets.depth, size).to(counts.device)
         labelled = depth_readings(truth, min_depth=self.min_depth, max_depth=self.max_depth)
@@ -101,7 +208,12 @@ class DepthLoss(DistillLoss):
     def extra_repr(self) -> str:
         """Show the settings in the model's print-out."""
         limits = f'min_depth={self.min_depth:g}, max_depth={self.max_depth}'
-        return f'{super().extra_repr()}, {limits}, where={self.where!r}'
+        output = '' if self.teacher_output == 'depth' else f', teacher_output={self.teacher_output!r}'
+        return f'{super().extra_repr()}, {limits}{output}'
+
+
+#: Draws an image; more would fill the memory.
+MAX_DRAWS = 10**7
 
 
 class SampledDepthLoss(DepthLoss):
@@ -118,6 +230,7 @@ class SampledDepthLoss(DepthLoss):
         min_depth: see :class:`DepthLoss`.
         max_depth: see :class:`DepthLoss`.
         where: see :class:`DepthLoss`.
+        teacher_output: see :class:`DepthLoss`.
     """
 
     stream: Tensor
@@ -129,11 +242,13 @@ class SampledDepthLoss(DepthLoss):
         seed: int = 0,
         min_depth: float = 0.0,
         max_depth: float | None = None,
-        where: str = 'all',
+        where: str = 'inside',
+        teacher_output: str = 'depth',
     ) -> None:
-        super().__init__(loss_weight, min_depth=min_depth, max_depth=max_depth, where=where)
-        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
-            raise ConfigError(f'{type(self).__name__}: `seed` must be an integer of at least 0, got {seed!r}.')
+        super().__init__(
+            loss_weight, min_depth=min_depth, max_depth=max_depth, where=where, teacher_output=teacher_output
+        )
+        check_count(type(self).__name__, 'seed', seed, 0, maximum=2**63 - 1)
         self.register_buffer('stream', torch.tensor([seed, 0], dtype=torch.int64))
 
     def draw(self, student: Tensor, count: int, arity: int) -> Tensor:
@@ -158,6 +273,5 @@ class SampledDepthLoss(DepthLoss):
         return positions
 
     def _check_number(self, name: str, value: int) -> int:
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ConfigError(f'{type(self).__name__}: `{name}` must be an integer of at least 1, got {value!r}.')
+        check_count(type(self).__name__, name, value, maximum=MAX_DRAWS)
         return value

@@ -26,6 +26,9 @@ class DepthRegressionLoss(DepthLoss):
     depth maps (``decode_head.to_depth`` of the heads of ``mmstructkd.models``).
     Logits over depth bins go to :class:`~mmstructkd.losses.PixelwiseKLLoss`.
 
+    Pixels count where the teacher has a reading, labelled or not
+    (``where='inside'``): teaching beyond the ground truth is what it is for.
+
     Args:
         loss_weight: factor of the loss, finite and at least 0.
         kind: ``'l1'`` (metres) or ``'silog'`` (nats squared; ``root``: nats).
@@ -36,9 +39,12 @@ class DepthRegressionLoss(DepthLoss):
         min_depth: metres; pixels that the teacher sees nearer do not count.
         max_depth: metres; pixels that it sees further off do not count.
             ``None``: no limit.
-        where: ``'all'``: the teacher also teaches where the ground truth has no
-            reading; ``'labelled'`` or ``'unlabelled'``: only where it has one, or
-            only where it has none (``targets.depth``).
+        where: ``'inside'`` the image: the teacher also teaches where the ground
+            truth has no reading; ``'labelled'`` or ``'unlabelled'``: only where it has one, or
+            only where it has none (``targets.depth``). See
+            :class:`~mmstructkd.losses.depth_base.DepthLoss`.
+        teacher_output: ``'depth'``, ``'disparity'`` (one over depth; turned into
+            depth) or the ``'same'`` as the student, see there.
 
     Shape:
         - student, teacher: :math:`(B, 1, H, W)`; the teacher is detached.
@@ -70,9 +76,12 @@ class DepthRegressionLoss(DepthLoss):
         eps: float = 1e-3,
         min_depth: float = 0.0,
         max_depth: float | None = None,
-        where: str = 'all',
+        where: str = 'inside',
+        teacher_output: str = 'depth',
     ) -> None:
-        super().__init__(loss_weight, min_depth=min_depth, max_depth=max_depth, where=where)
+        super().__init__(
+            loss_weight, min_depth=min_depth, max_depth=max_depth, where=where, teacher_output=teacher_output
+        )
         owner = type(self).__name__
         check_one_of(owner, 'kind', kind, KINDS)
         check_positive(owner, 'eps', eps)
@@ -81,12 +90,12 @@ class DepthRegressionLoss(DepthLoss):
             raise ConfigError(f'{owner}: `variance_weight` must be at most 1, got {variance_weight!r}.')
         self.kind = kind
         self.variance_weight = float(variance_weight)
-        self.root = bool(root)
+        self.root = root
         self.eps = float(eps)
 
     def compute(self, student: Tensor, teacher: Tensor, targets: Targets) -> Tensor:
         """Return the unweighted loss."""
-        valid = self.counts(student, teacher, targets)
+        student, teacher, valid = self.prepare(student, teacher, targets)
         if self.kind == 'l1':
             return depth_l1_loss(student, teacher, valid=valid)
         return silog_loss(

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from mmstructkd.errors import check_finite_number
+from mmstructkd.errors import ConfigError, check_some_weight
 from mmstructkd.functional.logits import dist_loss
-from mmstructkd.losses.class_targets import ClassMap, counting
+from mmstructkd.losses.class_targets import ClassMap
 from mmstructkd.losses.softening import SoftenedLoss
 from mmstructkd.registry import MODELS
 from mmstructkd.structures import Targets
@@ -25,14 +25,16 @@ class DistLoss(SoftenedLoss):
     for the formula. Tap class scores of the same classes in both networks: of a
     segmentation head, of depth in bins, or the rows of a box head. The default
     weights are the published ones for segmentation, where the auxiliary head is
-    distilled as well, with weight 0.4.
+    distilled as well, with weight 0.4. Pixels without a label count, as in the
+    published code (``where='inside'``); padding does not. Of two classes the first part is 1 or -1
+    at a pixel and has no gradient.
 
     Args:
         loss_weight: factor of the loss, finite and at least 0.
         inter_weight: factor of the part among the classes of a pixel.
         intra_weight: factor of the part among the pixels of a class; they are
             those of one process's batch.
-        temperature: softens the probabilities: a number above 0, or the config of
+        temperature: softens the probabilities: a number from 0.001 to 1000, or the config of
             a registered temperature. The loss is multiplied by its square.
         class_map: for each class of the teacher the student's class that it is
             (part of), -1 for none; see :class:`PixelwiseKLLoss`. ``None``: both
@@ -56,6 +58,7 @@ class DistLoss(SoftenedLoss):
 
     # A 1x1 convolution would let the student hide behind it: classes must be the same ones.
     needs_equal_channels = False
+    over_classes = True
     tasks = ('seg', 'depth', 'det')
     transfers = 'how class probabilities rank, among classes and among pixels'
     paper = 'Knowledge Distillation from A Stronger Teacher (arXiv:2205.10536)'
@@ -71,8 +74,7 @@ class DistLoss(SoftenedLoss):
     ) -> None:
         super().__init__(loss_weight, temperature)
         owner = type(self).__name__
-        check_finite_number(owner, 'inter_weight', inter_weight, minimum=0)
-        check_finite_number(owner, 'intra_weight', intra_weight, minimum=0)
+        check_some_weight(owner, inter_weight=inter_weight, intra_weight=intra_weight)
         self.inter_weight = float(inter_weight)
         self.intra_weight = float(intra_weight)
         self.class_map = None if class_map is None else ClassMap(owner, class_map)
@@ -81,6 +83,23 @@ class DistLoss(SoftenedLoss):
     def maps_classes(self) -> bool:
         """Whether the teacher may have other classes."""
         return self.class_map is not None
+
+    def bind(self, student: Tensor, teacher: Tensor) -> None:
+        """Refuse two classes where only their rank at a pixel would count.
+
+        Args:
+            student: a probed tensor of the student.
+            teacher: the probed tensor of the teacher.
+
+        Raises:
+            ConfigError: there are two classes, and no part among the pixels.
+        """
+        classes = student.shape[1] if self.class_map is None else len(self.class_map.known)
+        if classes < 3 and self.intra_weight == 0:
+            raise ConfigError(
+                f'{type(self).__name__}: `intra_weight` must be above 0 for two classes, got 0. The correlation of two '
+                'probabilities is 1 or -1, and has no gradient; among the pixels of a class it has one.'
+            )
 
     def compute(self, student: Tensor, teacher: Tensor, targets: Targets) -> Tensor:
         """Return the unweighted loss."""
@@ -93,7 +112,7 @@ class DistLoss(SoftenedLoss):
             inter_weight=self.inter_weight,
             intra_weight=self.intra_weight,
             temperature=temperature,
-            valid=counting(type(self).__name__, student, targets),
+            valid=self.counting(student, targets),
         )
 
     def extra_repr(self) -> str:

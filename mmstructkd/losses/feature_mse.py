@@ -6,7 +6,6 @@ from torch import Tensor
 
 from mmstructkd.functional.statistics import feature_mse_loss
 from mmstructkd.losses.base import DistillLoss
-from mmstructkd.losses.positions import counting_positions
 from mmstructkd.registry import MODELS
 from mmstructkd.structures import Targets
 
@@ -23,7 +22,8 @@ class FeatureMSELoss(DistillLoss):
     the widths differ. The default weight 10 is that of CIRKD's code for
     segmentation. Channels with large values decide:
     :class:`~mmstructkd.losses.standardized_mse.StandardizedMSELoss` weighs all
-    alike.
+    alike. Pixels without a label count, as in that code (``where='inside'``);
+    padding does not.
 
     Args:
         loss_weight: factor of the loss, finite and at least 0.
@@ -53,5 +53,5 @@ class FeatureMSELoss(DistillLoss):
 
     def compute(self, student: Tensor, teacher: Tensor, targets: Targets) -> Tensor:
         """Return the unweighted loss."""
-        valid = counting_positions(type(self).__name__, student, targets)
+        valid = self.counting(student, targets)
         return feature_mse_loss(student, teacher, valid=valid)

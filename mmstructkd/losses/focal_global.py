@@ -8,11 +8,10 @@ import torch
 import torch.nn.functional as torch_functional
 from torch import Tensor, nn
 
-from mmstructkd.errors import ConfigError, ShapeError, check_finite_number, check_ndim, check_same
+from mmstructkd.errors import ConfigError, ShapeError, check_ndim, check_same, check_some_weight
 from mmstructkd.functional.boxes import focal_feature_loss
 from mmstructkd.functional.precision import full_precision
 from mmstructkd.functional.statistics import feature_mse_loss
-from mmstructkd.losses.positions import counting_positions
 from mmstructkd.losses.presets import settle
 from mmstructkd.losses.softening import SoftenedLoss
 from mmstructkd.registry import MODELS
@@ -119,7 +118,8 @@ class FocalGlobalLoss(SoftenedLoss):
     The columns are the configs of the authors' code, ``'one-stage'`` those of
     detectors with anchors. That code adds the five levels of the neck up where a
     term takes their mean: ``loss_weight=5`` is its scale. Sums over positions
-    grow with the image; padding is no part of them.
+    grow with the image; pixels without a label are part of them
+    (``where='inside'``), padding is not.
 
     Args:
         loss_weight: factor of the loss, finite and at least 0.
@@ -127,7 +127,7 @@ class FocalGlobalLoss(SoftenedLoss):
         background_weight: beta, at least 0.
         attention_weight: gamma, at least 0.
         global_weight: lambda, at least 0.
-        temperature: of the attention: a number above 0, or the config of a registered
+        temperature: of the attention: a number from 0.001 to 1000, or the config of a registered
             temperature.
         preset: a column of the table, or ``None``. A preset fixes the values of
             its column; an argument that says otherwise is an error.
@@ -178,8 +178,7 @@ class FocalGlobalLoss(SoftenedLoss):
         }
         settings = settle(owner, preset, given, defaults=_DEFAULTS, presets=_PRESETS)
         super().__init__(loss_weight, settings['temperature'])
-        for name in _WEIGHTS:
-            check_finite_number(owner, name, settings[name], minimum=0)
+        check_some_weight(owner, **{name: settings[name] for name in _WEIGHTS})
         self.preset = preset
         self.foreground_weight = float(settings['foreground_weight'])
         self.background_weight = float(settings['background_weight'])
@@ -228,7 +227,7 @@ class FocalGlobalLoss(SoftenedLoss):
                 'Hand it one probed pair of maps: it builds its context blocks for their channels.'
             )
         self._check_channels(student)
-        valid = counting_positions(owner, student, targets)
+        valid = self.counting(student, targets)
         student, teacher, temperature = self.soften(student, teacher, targets)
         focal = focal_feature_loss(
             student,

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from mmstructkd.errors import ConfigError, check_positive
+from mmstructkd.errors import check_count, check_positive
 from mmstructkd.functional.depth import gradient_matching_loss
 from mmstructkd.losses.depth_base import DepthLoss
 from mmstructkd.registry import MODELS
 from mmstructkd.structures import Targets
 
 __all__ = ['GradientMatchingLoss']
+
+#: Each halves the map: more leave nothing of any.
+MAX_SCALES = 16
 
 
 @MODELS.register_module()
@@ -24,6 +27,9 @@ class GradientMatchingLoss(DepthLoss):
     gives 0.5 to a sum over four scales and both directions, on aligned inverse
     depth: that is a weight of 4 on the mean here.
 
+    Pixels count where the teacher has a reading, labelled or not
+    (``where='inside'``): teaching beyond the ground truth is what it is for.
+
     Args:
         loss_weight: factor of the loss, finite and at least 0.
         scales: number of grids, each half as fine as the last.
@@ -33,8 +39,12 @@ class GradientMatchingLoss(DepthLoss):
         min_depth: metres; pixels that the teacher sees nearer do not count.
         max_depth: metres; pixels that it sees further off do not count.
             ``None``: no limit.
-        where: ``'all'``, ``'labelled'`` or ``'unlabelled'`` pixels
-            (``targets.depth``).
+        where: ``'inside'`` the image, or only ``'labelled'`` or ``'unlabelled'``
+            pixels (``targets.depth``); see
+            :class:`~mmstructkd.losses.depth_base.DepthLoss`.
+        teacher_output: ``'depth'``, ``'disparity'`` (one over depth; turned into
+            depth, with ``align`` the student's depth into it) or the ``'same'``
+            as the student, see there.
 
     Shape:
         - student, teacher: :math:`(B, 1, H, W)`; the teacher is detached.
@@ -65,20 +75,27 @@ class GradientMatchingLoss(DepthLoss):
         eps: float = 1e-3,
         min_depth: float = 0.0,
         max_depth: float | None = None,
-        where: str = 'all',
+        where: str = 'inside',
+        teacher_output: str = 'depth',
     ) -> None:
-        super().__init__(loss_weight, min_depth=min_depth, max_depth=max_depth, where=where)
+        super().__init__(
+            loss_weight,
+            min_depth=min_depth,
+            max_depth=max_depth,
+            where=where,
+            teacher_output=teacher_output,
+            blind_to_unit=bool(align),
+        )
         owner = type(self).__name__
         check_positive(owner, 'eps', eps)
-        if isinstance(scales, bool) or not isinstance(scales, int) or scales < 1:
-            raise ConfigError(f'{owner}: `scales` must be an integer of at least 1, got {scales!r}.')
+        check_count(owner, 'scales', scales, maximum=MAX_SCALES)
         self.scales = scales
-        self.align = bool(align)
+        self.align = align
         self.eps = float(eps)
 
     def compute(self, student: Tensor, teacher: Tensor, targets: Targets) -> Tensor:
         """Return the unweighted loss."""
-        valid = self.counts(student, teacher, targets)
+        student, teacher, valid = self.prepare(student, teacher, targets)
         return gradient_matching_loss(student, teacher, scales=self.scales, align=self.align, eps=self.eps, valid=valid)
 
     def extra_repr(self) -> str:

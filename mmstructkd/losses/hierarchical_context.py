@@ -8,7 +8,6 @@ from torch import Tensor
 
 from mmstructkd.functional.pyramid import check_sizes, hierarchical_context_loss
 from mmstructkd.losses.base import DistillLoss
-from mmstructkd.losses.positions import counting_positions
 from mmstructkd.registry import MODELS
 from mmstructkd.structures import Targets
 
@@ -38,7 +37,8 @@ class HierarchicalContextLoss(DistillLoss):
         - student, teacher: :math:`(B, D, H, W)`; the teacher is detached.
         - output: scalar, 0 with a graph where no pixel counts.
 
-    Pixels without a label and padding are no part of the averages.
+    Pixels without a label count, as in the published code
+    (``where='inside'``); padding is no part of the averages.
 
     Raises:
         ConfigError: an argument is out of range.
@@ -61,7 +61,7 @@ class HierarchicalContextLoss(DistillLoss):
 
     def compute(self, student: Tensor, teacher: Tensor, targets: Targets) -> Tensor:
         """Return the unweighted loss."""
-        valid = counting_positions(type(self).__name__, student, targets)
+        valid = self.counting(student, targets)
         return hierarchical_context_loss(student, teacher, sizes=self.sizes, valid=valid)
 
     def extra_repr(self) -> str:

@@ -14,9 +14,11 @@ from mmstructkd.errors import (
     ConfigError,
     ShapeError,
     check_finite_number,
+    check_flag,
     check_ndim,
     check_one_of,
     check_same,
+    check_seed,
 )
 from mmstructkd.functional.adversarial import (
     ADVERSARIAL_MODES,
@@ -24,10 +26,13 @@ from mmstructkd.functional.adversarial import (
     critic_loss,
     gradient_penalty,
 )
-from mmstructkd.functional.depth import depth_readings, normalize_depth
+from mmstructkd.functional.binary import as_two_classes
+from mmstructkd.functional.depth import depth_of_disparity, depth_readings, normalize_depth
 from mmstructkd.functional.precision import full_precision
 from mmstructkd.losses.base import DistillLoss
-from mmstructkd.registry import MODELS
+from mmstructkd.losses.depth_base import OUTPUTS
+from mmstructkd.optimizers import check_optimizer
+from mmstructkd.registry import MODELS, build_part
 from mmstructkd.structures import Targets
 
 __all__ = ['HolisticLoss']
@@ -131,31 +136,38 @@ class HolisticLoss(DistillLoss):
             its column; an argument that says otherwise is an error.
         mode: ``'wgan'`` or ``'hinge'``.
         loss_weight: :math:`\lambda_G`, factor of the student's part.
-        critic_weight: :math:`\lambda_d`, factor of the critic's objective.
+        critic_weight: :math:`\lambda_d`, factor of the critic's objective. With
+            0 the critic does not learn: it stays as it was drawn.
         gradient_penalty_weight: factor of the gradient penalty within it.
         softmax: judge probabilities over the channels, not the tensors tapped.
         conditional: show the critic the image beside the map.
         optimizer: config of the critic's own optimiser.
         normalize: ``'depth'`` or ``'log_depth'`` for maps of one channel in
             metres; ``None``: the tensors as they are tapped.
+        teacher_output: what the teacher predicts where depth is judged:
+            ``'depth'``, ``'disparity'`` (one over depth, turned into depth) or
+            the ``'same'`` as the student.
         seed: of the critic's initial weights and of the interpolation.
             ``None``: drawn from the global generator when the critic is built.
 
     Shape:
-        - student, teacher: :math:`(B, C, H, W)`, the same in all four; the
-          teacher is detached here.
+        - student, teacher: :math:`(B, C, H, W)`, the same in all four, or one
+          channel (a sigmoid) beside two; the teacher is detached here.
         - output: ``{'': student's part, 'critic': critic's objective}``, scalars
           of at least float32, no unit, means over the scores of the images.
 
-    Pixels that do not count (``targets.valid``) are zero in both maps, after
-    the softmax, and in the interpolation, so that they get no gradient and do
-    not enter the penalty's norm. Images without a pixel that counts leave every
-    mean; where no image is left, both parts are 0 with a graph.
+    Pixels without a label count, as in the published code (``where='inside'``).
+    Those that do not (padding) are zero in both maps, after the softmax, and in
+    the interpolation, so that they get no gradient and do not enter the penalty's
+    norm. Images without a pixel that counts leave every mean; where no image is
+    left, both parts are 0 with a graph.
 
     The interpolation draws from its own generator, made of the seed and a step
-    counter that are saved with the module. So a resumed run goes on exactly,
-    the student alone sees the same random numbers as the distilled one, and
-    several processes draw what one would for their joint batch.
+    counter that are saved with the module. So a resumed run goes on exactly, and
+    the student alone sees the same random numbers as the distilled one.
+
+    With several processes the draws are those for their joint batch, and the
+    critic's BatchNorm normalises over it, so that n processes equal one.
 
     Costs four forward passes of the critic and a second-order backward pass.
 
@@ -195,6 +207,7 @@ class HolisticLoss(DistillLoss):
         conditional: bool | None = None,
         optimizer: Mapping[str, Any] | None = None,
         normalize: str | None = None,
+        teacher_output: str = 'depth',
         seed: int | None = None,
     ) -> None:
         owner = type(self).__name__
@@ -215,8 +228,9 @@ class HolisticLoss(DistillLoss):
         self.mode = settings['mode']
         self.critic_weight = float(settings['critic_weight'])
         self.gradient_penalty_weight = float(settings['gradient_penalty_weight'])
-        self.softmax = bool(settings['softmax'])
-        self.conditional = bool(settings['conditional'])
+        self.softmax: bool = settings['softmax']
+        self.over_classes = self.softmax
+        self.conditional: bool = settings['conditional']
         self.needs_images = self.conditional
         if normalize is not None:
             check_one_of(owner, 'normalize', normalize, NORMALIZATIONS)
@@ -226,9 +240,15 @@ class HolisticLoss(DistillLoss):
                     'A depth map has one channel, and no probabilities.'
                 )
         self.normalize = normalize
+        check_one_of(owner, 'teacher_output', teacher_output, OUTPUTS)
+        if teacher_output == 'disparity' and normalize is None:
+            raise ConfigError(
+                f"{owner}: `normalize` must be 'depth' or 'log_depth' with teacher_output='disparity', got None."
+            )
+        self.teacher_output = None if normalize is None else teacher_output
+        self.by_class = normalize is None
         self.own_optimizer = dict(settings['optimizer'])
-        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or seed < 0):
-            raise ConfigError(f'{owner}: `seed` must be an integer of at least 0 or None, got {seed!r}.')
+        check_seed(owner, seed)
         self.seed = seed
         self.channels: int | None = None
         self.critic: nn.Module | None = None
@@ -252,13 +272,9 @@ class HolisticLoss(DistillLoss):
             ShapeError: the maps are not 4-D, or their channels differ.
         """
         owner = type(self).__name__
+        student, teacher = as_two_classes(student, teacher, alone=self.softmax)
         self._check_maps(student, teacher)
         channels = student.shape[1]
-        if self.softmax and channels == 1:
-            raise ShapeError(
-                f'{owner}: `student` must have at least 2 channels for softmax=True, got {tuple(student.shape)}. '
-                'Set softmax=False: of one channel it makes a constant.'
-            )
         if self.normalize is not None and channels != 1:
             raise ShapeError(
                 f'{owner}: `student` must be a depth map, shape (B, 1, H, W), for normalize={self.normalize!r}, '
@@ -273,7 +289,11 @@ class HolisticLoss(DistillLoss):
         with torch.random.fork_rng(devices=[]):
             # The CPU's generator alone: `torch.manual_seed` would reseed the accelerators too.
             torch.default_generator.manual_seed(seed)
-            critic = MODELS.build(config)
+            critic = build_part(owner, 'critic', config, example="dict(type='mmstructkd.SAGANCritic')", known=nn.Module)
+        if not isinstance(critic, nn.Module):
+            raise ConfigError(f'{owner}: `critic` must be a module, got {type(critic).__name__}.')
+        # What does not learn is no parameter for an optimiser, whose decay would move it all the same.
+        critic.requires_grad_(self.critic_weight > 0)
         self.critic = critic.to(self.stream.device).train(self.training)
         self.channels = channels
         self.stream.copy_(torch.tensor([seed, 0]))
@@ -297,10 +317,13 @@ class HolisticLoss(DistillLoss):
                 f'{owner}: `bind` must be called before the loss, got no call yet. '
                 'Hand it one probed pair of maps: it builds the critic for their channels.'
             )
+        student, teacher = as_two_classes(student, teacher, alone=self.softmax)
         self._check_maps(student, teacher)
         self._check_channels(student)
+        if self.teacher_output == 'disparity':
+            teacher = depth_of_disparity(teacher.detach())
         images = self._images(targets)
-        valid = self.valid_at(targets, (student.shape[2], student.shape[3]))
+        valid = self.counting(student, targets)
         teacher = teacher.detach()
         if self.normalize is not None:
             readings = depth_readings(teacher)
@@ -327,6 +350,8 @@ class HolisticLoss(DistillLoss):
             functional_call(critic, frozen, (masked(map_s), images)), mode=self.mode, counts=counts
         )
 
+        if self.critic_weight == 0:
+            return {'': adversarial, 'critic': adversarial.new_zeros(())}
         map_s = map_s.detach()
         score_t = judge(map_t)
         score_s = judge(map_s)
@@ -441,13 +466,11 @@ def _settle(owner: str, preset: str | None, given: Mapping[str, Any], critic: di
     check_one_of(owner, 'mode', settings['mode'], ADVERSARIAL_MODES)
     # Hinge in published use has no penalty; the spectral norm alone bounds the slope.
     settings.setdefault('gradient_penalty_weight', 10.0 if settings['mode'] == 'wgan' else 0.0)
+    for name in ('softmax', 'conditional'):
+        check_flag(owner, name, settings[name])
     check_finite_number(owner, 'critic_weight', settings['critic_weight'], minimum=0)
     check_finite_number(owner, 'gradient_penalty_weight', settings['gradient_penalty_weight'], minimum=0)
-    if 'type' not in settings['optimizer']:
-        raise ConfigError(
-            f'{owner}: `optimizer` must name its type, got {settings["optimizer"]!r}. '
-            "Write e.g. optimizer=dict(type='Adam', lr=4e-4, betas=(0.9, 0.99))."
-        )
+    check_optimizer(owner, settings['optimizer'])
     if 'in_channels' in critic:
         raise ConfigError(
             f"{owner}: `critic['in_channels']` must be left out, got {critic['in_channels']!r}. The probe fills it in."

@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from mmstructkd.errors import ConfigError, check_one_of
+from mmstructkd.functional.binary import as_two_classes
 from mmstructkd.functional.classes import MODES, interclass_similarity_loss, present_classes
-from mmstructkd.functional.reduce import valid_pixels
 from mmstructkd.losses.presets import settle
 from mmstructkd.losses.softening import SoftenedLoss
 from mmstructkd.registry import MODELS
@@ -54,8 +54,8 @@ class InterclassSimilarityLoss(SoftenedLoss):
 
     Args:
         loss_weight: factor of the loss, finite and at least 0.
-        temperature: softens the distributions over positions: a number above 0, or the config of a registered
-            temperature.
+        temperature: softens the distributions over positions: a number from 0.001 to
+            1000, or the config of a registered temperature.
         normalize: bring the rows of both matrices to length 1.
         mode: ``'paper'`` or ``'released_code'``.
         present: which classes of an image take part: those that the teacher
@@ -68,7 +68,8 @@ class InterclassSimilarityLoss(SoftenedLoss):
         - student, teacher: :math:`(B, C, H, W)`; the teacher is detached.
         - output: scalar, 0 with a graph where no pixel counts.
 
-    Pixels without a label and padding are no part of any distribution.
+    Pixels without a label count, as in the published code
+    (``where='inside'``); padding is no part of any distribution.
 
     Raises:
         ConfigError: an argument is out of range or contradicts the preset, or
@@ -84,6 +85,7 @@ class InterclassSimilarityLoss(SoftenedLoss):
 
     # A 1x1 convolution would let the student hide behind it: classes must be the same ones.
     needs_equal_channels = False
+    over_classes = True
     softened_axes = (2, 3)
     tasks = ('seg', 'depth', 'det')
     transfers = 'divergences between the distributions of classes over the map'
@@ -119,16 +121,32 @@ class InterclassSimilarityLoss(SoftenedLoss):
                 'That form takes all classes over the whole batch.'
             )
         self.preset = preset
-        self.normalize = bool(settings['normalize'])
+        self.normalize: bool = settings['normalize']
         self.mode: str = settings['mode']
         self.present: str = settings['present']
+
+    def bind(self, student: Tensor, teacher: Tensor) -> None:
+        """Refuse two classes with normalised rows.
+
+        Args:
+            student: a probed map of the student.
+            teacher: the probed map of the teacher.
+
+        Raises:
+            ConfigError: the rows of the matrices have one entry that is not 0,
+                which normalising makes 1.
+        """
+        if student.shape[1] < 3 and self.normalize and self.mode == 'paper':
+            raise ConfigError(
+                f'{type(self).__name__}: `normalize` must be False for two classes, got True. Each row of the matrix '
+                'has one divergence, which brought to length 1 is always 1: the loss would be 0.'
+            )
 
     def compute(self, student: Tensor, teacher: Tensor, targets: Targets) -> Tensor:
         """Return the unweighted loss."""
         owner = type(self).__name__
-        valid = valid_pixels(
-            owner, student, labels=targets.labels, ignore_index=targets.ignore_index, valid=targets.valid
-        )
+        student, teacher = as_two_classes(student, teacher)
+        valid = self.counting(student, targets)
         present = None
         if self.present == 'teacher' and student.shape == teacher.shape:
             present = present_classes(teacher.argmax(dim=1), teacher.shape[1], valid=valid)
@@ -139,7 +157,10 @@ class InterclassSimilarityLoss(SoftenedLoss):
                     f"{owner}: `present` must not be 'labels' where the batch has none, got 'labels'. "
                     "Use present='teacher'."
                 )
-            present = present_classes(labels.to(student.device), student.shape[1], valid=valid)
+            labels = labels.to(student.device)
+            # Where unlabelled pixels count, the ignored label is no class all the same.
+            known = labels != targets.ignore_index
+            present = present_classes(labels, student.shape[1], valid=known if valid is None else known & valid)
         student, teacher, temperature = self.soften(student, teacher, targets)
         return interclass_similarity_loss(
             student,

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mmstructkd.errors import ConfigError, check_positive
+from mmstructkd.errors import MAX_CLASSES, ConfigError, check_count
 from mmstructkd.functional.region import intra_class_variation_loss
 from mmstructkd.losses.base import DistillLoss
 from mmstructkd.losses.presets import settle
@@ -36,7 +36,8 @@ class IntraClassVariationLoss(DistillLoss):
     =============  =======  ==========
 
     The default weight is winycg/CIRKD's, ``'code'`` that of the authors. Both
-    divide by pixels without a label too, which add nothing.
+    divide by pixels without a label too, which add nothing. Only labelled pixels
+    count (``where='labelled'``).
 
     Args:
         loss_weight: factor of the loss, finite and at least 0.
@@ -62,6 +63,8 @@ class IntraClassVariationLoss(DistillLoss):
     """
 
     needs_equal_channels = False
+    where = 'labelled'
+    needs_labels = True
     tasks = ('seg',)
     transfers = 'likeness of pixels to the centre of their class'
     paper = 'Intra-class Feature Variation Distillation for Semantic Segmentation (ECCV 2020)'
@@ -79,10 +82,10 @@ class IntraClassVariationLoss(DistillLoss):
         settings = settle(owner, preset, given, defaults=_DEFAULTS, presets=_PRESETS)
         super().__init__(loss_weight=settings['loss_weight'])
         if num_classes is not None:
-            check_positive(owner, 'num_classes', num_classes)
+            check_count(owner, 'num_classes', num_classes, maximum=MAX_CLASSES)
         self.preset = preset
         self.num_classes = num_classes
-        self.count_ignored = bool(settings['count_ignored'])
+        self.count_ignored: bool = settings['count_ignored']
 
     def compute(self, student: Tensor, teacher: Tensor, targets: Targets) -> Tensor:
         """Return the unweighted loss."""
@@ -102,7 +105,7 @@ class IntraClassVariationLoss(DistillLoss):
             num_classes=classes,
             ignore_index=targets.ignore_index,
             # The mask leaves out what has no label: with it, ignored pixels would not be counted.
-            valid=None if self.count_ignored else targets.valid,
+            valid=targets.inside if self.count_ignored else targets.valid,
             count_ignored=self.count_ignored,
         )
 

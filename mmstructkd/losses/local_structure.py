@@ -6,8 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mmstructkd.errors import ConfigError
-from mmstructkd.functional.reduce import valid_pixels
+from mmstructkd.errors import check_count
 from mmstructkd.functional.relation import local_structure_loss
 from mmstructkd.losses.softening import SoftenedLoss
 from mmstructkd.registry import MODELS
@@ -28,8 +27,8 @@ class LocalStructureLoss(SoftenedLoss):
     Args:
         loss_weight: factor of the loss, finite and at least 0.
         radius: neighbours are at most this far away in rows and columns; 1 or 2.
-        temperature: of the softmax over cosines: a number above 0, or the config of a registered
-            temperature.
+        temperature: of the softmax over cosines: a number from 0.001 to 1000, or the
+            config of a registered temperature.
         include_self: a place is its own neighbour, which the others are
             measured against.
 
@@ -37,7 +36,8 @@ class LocalStructureLoss(SoftenedLoss):
         - student: :math:`(B, D_s, H, W)`; teacher: :math:`(B, D_t, H, W)`, detached.
         - output: scalar, in nats, 0 with a graph where no pixel counts.
 
-    Pixels without a label and padding neither count nor are neighbours.
+    Pixels without a label count, as every node of a graph does
+    (``where='inside'``); padding neither counts nor is a neighbour.
 
     Raises:
         ConfigError: an argument is out of range.
@@ -66,20 +66,13 @@ class LocalStructureLoss(SoftenedLoss):
     ) -> None:
         super().__init__(loss_weight, temperature)
         owner = type(self).__name__
-        if isinstance(radius, bool) or not isinstance(radius, int) or radius < 1:
-            raise ConfigError(f'{owner}: `radius` must be an integer of at least 1, got {radius!r}.')
+        check_count(owner, 'radius', radius)
         self.radius = radius
-        self.include_self = bool(include_self)
+        self.include_self = include_self
 
     def compute(self, student: Tensor, teacher: Tensor, targets: Targets) -> Tensor:
         """Return the unweighted loss."""
-        valid = valid_pixels(
-            type(self).__name__,
-            student,
-            labels=targets.labels,
-            ignore_index=targets.ignore_index,
-            valid=targets.valid,
-        )
+        valid = self.counting(student, targets)
         student, teacher, temperature = self.soften(student, teacher, targets)
         return local_structure_loss(
             student,

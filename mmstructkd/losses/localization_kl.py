@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from mmstructkd.errors import ConfigError, check_finite_number, check_one_of
+from mmstructkd.errors import ConfigError, ShapeError, check_count, check_finite_number, check_one_of
 from mmstructkd.functional.detection import edge_confidence, inside_boxes, localization_kl_loss
-from mmstructkd.losses.class_targets import counting
 from mmstructkd.losses.presets import settle
 from mmstructkd.losses.softening import SoftenedLoss
 from mmstructkd.registry import MODELS
@@ -29,6 +28,15 @@ _PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+def distributions_of(head: nn.Module) -> tuple[int, int] | None:
+    """Distributions a position and bins of each that a head predicts; ``None``: it predicts none."""
+    reg_max = getattr(head, 'reg_max', None)
+    if isinstance(reg_max, int) and any(hasattr(head, name) for name in ('integral', 'proj', 'project')):
+        return 4, reg_max + 1
+    bins = getattr(getattr(head, 'to_depth', None), 'num_bins', None)
+    return None if bins is None else (1, bins)
+
+
 @MODELS.register_module()
 class LocalizationKLLoss(SoftenedLoss):
     r"""Divergence of the student's box-edge distributions from the teacher's.
@@ -37,7 +45,9 @@ class LocalizationKLLoss(SoftenedLoss):
     :func:`~mmstructkd.functional.detection.localization_kl_loss` for the formula.
     Tap the edge logits of a head that predicts distributions: of a GFL
     ``'bbox_head.scales.0'`` and so on, behind the factor that it learns for each
-    level; a head with plain offsets has none.
+    level. A head with plain offsets (RetinaNet, FCOS, ATSS) has none, and is
+    refused. Which positions count is said by ``region``, labelled or not
+    (``where='inside'``).
 
     =============  =======  ==========
     argument       default  ``'code'``
@@ -56,7 +66,7 @@ class LocalizationKLLoss(SoftenedLoss):
 
     Args:
         loss_weight: factor of the loss, finite and at least 0.
-        temperature: softens both: a number above 0, or the config of a registered
+        temperature: softens both: a number from 0.001 to 1000, or the config of a registered
             temperature. The loss is multiplied by its square.
         region: which positions of a map count: those whose centre lies inside a
             labelled box (``'boxes'``, on every level alike), those where the
@@ -122,16 +132,81 @@ class LocalizationKLLoss(SoftenedLoss):
             )
         check_one_of(owner, 'region', region, REGIONS)
         check_finite_number(owner, 'threshold', threshold, minimum=0)
+        if threshold > 1:
+            raise ConfigError(f'{owner}: `threshold` must be at most 1, a probability, got {threshold!r}.')
         check_one_of(owner, 'bin_reduction', settings['bin_reduction'], ('sum', 'mean'))
         check_one_of(owner, 'reduction', settings['reduction'], ('mean', 'sum'))
-        if isinstance(edges, bool) or not isinstance(edges, int) or edges < 1:
-            raise ConfigError(f'{owner}: `edges` must be an integer above 0, got {edges!r}.')
+        check_count(owner, 'edges', edges)
         self.preset = preset
         self.region = region
         self.threshold = float(threshold)
         self.edges = edges
+        self.bins: int | None = None  # of an edge, from the heads
         self.bin_reduction: str = settings['bin_reduction']
         self.reduction: str = settings['reduction']
+
+    def check_heads(self, student: nn.Module | None, teacher: nn.Module | None) -> list[str]:
+        """Refuse heads without distributions, and those with other ones.
+
+        A head with distributions of box edges has ``reg_max`` and ``integral``
+        (``GFLHead`` and what derives from it): ``reg_max`` + 1 bins for each of
+        four edges. One that sorts depth into bins has ``edges=1`` of them.
+
+        Args:
+            student: the student's head.
+            teacher: the teacher's.
+
+        Returns:
+            Nothing to be known.
+
+        Raises:
+            ConfigError: a head predicts plain offsets, or the two have other
+                bins or edges than the loss.
+        """
+        owner = type(self).__name__
+        found = {}
+        for side, head in (('student', student), ('teacher', teacher)):
+            if head is None:
+                continue  # a source without a network: its tensors must do
+            known = distributions_of(head)
+            if known is None:
+                raise ConfigError(
+                    f'{owner}: the {side} must predict where an edge lies as a distribution over bins (GFLHead), '
+                    f'got {type(head).__name__}, which predicts plain numbers. Tap features or class scores of it, '
+                    'or train it with a head that has distributions.'
+                )
+            if known[0] != self.edges:
+                raise ConfigError(
+                    f'{owner}: `edges` must be {known[0]} for the {type(head).__name__} of the {side}, '
+                    f'got {self.edges}.'
+                )
+            found[side] = known[1]
+        if len(set(found.values())) > 1:
+            raise ConfigError(
+                f'{owner}: student and teacher must have the same bins, got {found["student"]} of '
+                f'{type(student).__name__} and {found["teacher"]} of {type(teacher).__name__} (reg_max + 1).'
+            )
+        self.bins = next(iter(found.values()), None)
+        return []
+
+    def bind(self, student: Tensor, teacher: Tensor) -> None:
+        """Refuse a tap that does not give the distributions.
+
+        Args:
+            student: a probed tensor of the student.
+            teacher: the probed tensor of the teacher.
+
+        Raises:
+            ShapeError: the channels are not those of the head's bins.
+        """
+        if self.bins is None or student.dim() not in (2, 4):
+            return
+        wanted = self.bins * (self.edges if student.dim() == 4 else 1)
+        if student.shape[1] != wanted:
+            raise ShapeError(
+                f'{type(self).__name__}: `student` must have {wanted} channels, {self.edges} x {self.bins} bins, got '
+                f"{tuple(student.shape)}. Tap the edge logits of the head ('bbox_head.gfl_reg', 'bbox_head.scales.0')."
+            )
 
     def compute(self, student: Tensor, teacher: Tensor, targets: Targets) -> Tensor:
         """Return the unweighted loss."""
@@ -150,11 +225,12 @@ class LocalizationKLLoss(SoftenedLoss):
     def _positives(self, student: Tensor, teacher: Tensor, targets: Targets) -> Tensor | None:
         """Which positions count, bool, shape (B, H, W)."""
         owner = type(self).__name__
-        valid = counting(owner, student, targets)
+        valid = self.counting(student, targets)
         if self.region == 'all':
             return valid
         if self.region == 'confident':
-            chosen = edge_confidence(teacher, edges=self.edges) >= self.threshold
+            # Not `>=`: a teacher that is not a number must reach the loss.
+            chosen = ~(edge_confidence(teacher, edges=self.edges) < self.threshold)
         elif targets.boxes is None or targets.input_size is None:
             missing = 'boxes' if targets.boxes is None else 'input_size'
             raise ConfigError(

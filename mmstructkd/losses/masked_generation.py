@@ -6,10 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from mmstructkd.errors import check_finite_number
+from mmstructkd.errors import check_some_weight
 from mmstructkd.functional.statistics import feature_mse_loss
 from mmstructkd.losses.base import DistillLoss
-from mmstructkd.losses.positions import counting_positions
 from mmstructkd.losses.presets import settle
 from mmstructkd.registry import MODELS
 from mmstructkd.structures import Targets
@@ -48,12 +47,13 @@ class MaskedGenerationLoss(DistillLoss):
     stage of the backbone, together with
     ``ChannelwiseKLLoss(3.0, temperature=4)`` on the class scores.
 
-    A sum over positions grows with the crop; here padding and pixels without a
-    label are no part of it, and images without a pixel that counts not of B.
+    A sum over positions grows with the crop. Pixels without a label are part of
+    it, as in the published code (``where='inside'``); padding is not, and images
+    without a pixel that counts are no part of B.
 
     Args:
         loss_weight: factor of the loss, finite and at least 0.
-        alpha: the method's own factor, at least 0.
+        alpha: the method's own factor, above 0.
         preset: ``'one-stage'``, ``'two-stage'``, ``'seg'`` or ``None``. A preset
             fixes the values of its column; an argument that says otherwise is an
             error.
@@ -81,13 +81,13 @@ class MaskedGenerationLoss(DistillLoss):
         super().__init__(loss_weight=loss_weight)
         owner = type(self).__name__
         settings = settle(owner, preset, {'alpha': alpha}, defaults=_DEFAULTS, presets=_PRESETS)
-        check_finite_number(owner, 'alpha', settings['alpha'], minimum=0)
+        check_some_weight(owner, alpha=settings['alpha'])
         self.preset = preset
         self.alpha = float(settings['alpha'])
 
     def compute(self, student: Tensor, teacher: Tensor, targets: Targets) -> Tensor:
         """Return the unweighted loss."""
-        valid = counting_positions(type(self).__name__, student, targets)
+        valid = self.counting(student, targets)
         return self.alpha * feature_mse_loss(student, teacher, reduction='sum', valid=valid)
 
     def extra_repr(self) -> str:

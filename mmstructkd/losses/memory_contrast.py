@@ -9,26 +9,31 @@ from mmcv.cnn import ConvModule
 from torch import Tensor, nn
 
 from mmstructkd.errors import (
+    MAX_CLASSES,
     ConfigError,
     ShapeError,
-    check_finite_number,
+    check_count,
     check_ndim,
-    check_positive,
     check_same,
+    check_some_weight,
 )
 from mmstructkd.functional.contrast import draw, memory_kl_loss
 from mmstructkd.functional.nodes import unit_vectors
 from mmstructkd.functional.precision import full_precision
-from mmstructkd.functional.reduce import valid_pixels
 from mmstructkd.functional.region import class_centers
+from mmstructkd.layers import check_layers
 from mmstructkd.losses.presets import settle
 from mmstructkd.losses.seeding import check_seed, seeded
 from mmstructkd.losses.softening import SoftenedLoss
 from mmstructkd.memories import ClassQueue
 from mmstructkd.registry import MODELS
 from mmstructkd.structures import Targets
+from mmstructkd.temperatures import check_temperature_range
 
 __all__ = ['MemoryContrastLoss']
+
+#: Keys that are kept or drawn; more would fill the memory.
+MAX_KEYS = 10**7
 
 _DEFAULTS: dict[str, Any] = {
     'loss_weight': 0.1,
@@ -77,14 +82,18 @@ class MemoryContrastLoss(SoftenedLoss):
     In training the batch's own keys are appended first, then keys are drawn. In
     eval mode nothing is appended; the batch's keys stand beside those drawn.
     What is drawn depends on a step counter alone, which is saved, so that a
-    resumed run goes on exactly and all processes draw alike. They gather their
-    keys and must have as many images each.
+    resumed run goes on exactly and all processes draw alike.
+
+    With several processes keys are gathered, so that one memory serves all, and
+    each must have as many images; the anchors are a process's own pixels, and so
+    are the statistics of the projection's BatchNorm unless ``norm_cfg`` says
+    SyncBN.
 
     Args:
         loss_weight: factor of the loss, finite and at least 0.
         num_classes: C, of the labels.
-        temperature: of the softmax over cosines: a number above 0, or the config of a registered
-            temperature.
+        temperature: of the softmax over cosines: a number from 0.001 to 1000, or the
+            config of a registered temperature.
         kd_temperature: divides once more; the loss is multiplied by its square.
         pixel_weight: :math:`\lambda_p`, at least 0.
         region_weight: :math:`\lambda_r`, at least 0.
@@ -108,7 +117,8 @@ class MemoryContrastLoss(SoftenedLoss):
         - output: scalar, in nats, mean over anchors, 0 with a graph where no
           pixel counts.
 
-    Pixels without a label and padding are 0 before the projection (and so have
+    Only labelled pixels count (``where='labelled'``): a pixel is remembered by its
+    class. Pixels without a label and padding are 0 before the projection (and so have
     a part in its BatchNorm), are no anchors, and are not remembered.
 
     Raises:
@@ -125,6 +135,8 @@ class MemoryContrastLoss(SoftenedLoss):
     """
 
     needs_equal_channels = False
+    where = 'labelled'
+    needs_labels = True
     softened_axes = None
     tasks = ('seg',)
     transfers = 'likeness of pixels to remembered pixels and regions'
@@ -160,9 +172,8 @@ class MemoryContrastLoss(SoftenedLoss):
         }
         settings = settle(owner, preset, given, defaults=_DEFAULTS, presets=_PRESETS)
         super().__init__(settings['loss_weight'], temperature)
-        check_positive(owner, 'kd_temperature', kd_temperature)
-        check_finite_number(owner, 'pixel_weight', pixel_weight, minimum=0)
-        check_finite_number(owner, 'region_weight', region_weight, minimum=0)
+        check_temperature_range(owner, 'kd_temperature', kd_temperature)
+        check_some_weight(owner, pixel_weight=pixel_weight, region_weight=region_weight)
         counts = {
             'num_classes': num_classes,
             'pixel_capacity': settings['pixel_capacity'],
@@ -170,13 +181,10 @@ class MemoryContrastLoss(SoftenedLoss):
             'pixels_per_image': pixels_per_image,
             'pixel_keys': pixel_keys,
             'region_keys': region_keys,
-            'max_anchors': settings['max_anchors'] + 1 if isinstance(settings['max_anchors'], int) else -1,
         }
         for name, value in counts.items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                least = 0 if name == 'max_anchors' else 1
-                shown = settings.get(name, value)
-                raise ConfigError(f'{owner}: `{name}` must be an integer of at least {least}, got {shown!r}.')
+            check_count(owner, name, value, maximum=MAX_CLASSES if name == 'num_classes' else MAX_KEYS)
+        check_count(owner, 'max_anchors', settings['max_anchors'], 0)
         check_seed(owner, seed)
         self.preset = preset
         self.num_classes = num_classes
@@ -214,6 +222,7 @@ class MemoryContrastLoss(SoftenedLoss):
         if self.channels is not None:
             self._check_widths(widths)
             return
+        check_layers(type(self).__name__, widths[1], norm_cfg=self.norm_cfg)
         with seeded(self.seed):
             projection = nn.Sequential(
                 ConvModule(widths[0], widths[1], 1, bias=False, norm_cfg=self.norm_cfg),
@@ -242,7 +251,7 @@ class MemoryContrastLoss(SoftenedLoss):
                 f'{owner}: `targets.labels` must be the class of each pixel, got None. '
                 'Use it on a segmentation task, or CrossImageKLLoss, which needs no labels.'
             )
-        valid = valid_pixels(owner, student, labels=labels, ignore_index=targets.ignore_index, valid=targets.valid)
+        valid = self.counting(student, targets)
         labels = labels.to(student.device)
         inside = (labels >= 0) & (labels < self.num_classes)
         inside = inside if valid is None else inside & valid

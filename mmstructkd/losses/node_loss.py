@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mmstructkd.errors import ConfigError, check_one_of, check_positive
+from mmstructkd.errors import MAX_CLASSES, ConfigError, check_count, check_one_of
 from mmstructkd.functional.nodes import cell_nodes, check_grid
-from mmstructkd.functional.reduce import valid_pixels
 from mmstructkd.functional.region import class_centers
 from mmstructkd.losses.base import DistillLoss
 from mmstructkd.structures import Targets
@@ -44,10 +43,12 @@ class NodeLoss(DistillLoss):
         owner = type(self).__name__
         check_one_of(owner, 'nodes', nodes, NODES)
         if num_classes is not None:
-            check_positive(owner, 'num_classes', num_classes)
+            check_count(owner, 'num_classes', num_classes, maximum=MAX_CLASSES)
         self.nodes = nodes
         self.grid = check_grid(owner, grid)
         self.num_classes = num_classes
+        self.needs_labels = nodes == 'classes'
+        self.where = 'labelled' if self.needs_labels else 'inside'
 
     def nodes_of(self, student: Tensor, teacher: Tensor, targets: Targets) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return the nodes of both networks and which count.
@@ -80,9 +81,7 @@ class NodeLoss(DistillLoss):
                 teacher.detach(), targets.labels, classes, ignore_index=targets.ignore_index, valid=targets.valid
             )
             return centers_s, centers_t, count > 0
-        valid = valid_pixels(
-            owner, student, labels=targets.labels, ignore_index=targets.ignore_index, valid=targets.valid
-        )
+        valid = self.counting(student, targets)
         if self.nodes == 'images':
             return student, teacher, valid
         cells_s, counts = cell_nodes(student, self.grid, valid)

@@ -21,6 +21,9 @@ class OrdinalRelationLoss(SampledDepthLoss):
     formula. Needs no common scale of the two maps. Tap the depth maps. There is
     no published weight for distillation; Chen et al. train on this loss alone.
 
+    Pixels count where the teacher has a reading, labelled or not
+    (``where='inside'``): teaching beyond the ground truth is what it is for.
+
     Args:
         loss_weight: factor of the loss, finite and at least 0.
         num_pairs: how many pairs to draw from each image in each step.
@@ -33,8 +36,11 @@ class OrdinalRelationLoss(SampledDepthLoss):
         min_depth: metres; pixels that the teacher sees nearer do not count.
         max_depth: metres; pixels that it sees further off do not count.
             ``None``: no limit.
-        where: ``'all'``, ``'labelled'`` or ``'unlabelled'`` pixels
-            (``targets.depth``).
+        where: ``'inside'`` the image, or only ``'labelled'`` or ``'unlabelled'``
+            pixels (``targets.depth``); see
+            :class:`~mmstructkd.losses.depth_base.DepthLoss`.
+        teacher_output: ``'depth'``, ``'disparity'`` (one over depth; turned into
+            depth) or the ``'same'`` as the student, see there.
 
     Shape:
         - student, teacher: :math:`(B, 1, H, W)`; the teacher is detached.
@@ -67,9 +73,17 @@ class OrdinalRelationLoss(SampledDepthLoss):
         seed: int = 0,
         min_depth: float = 0.0,
         max_depth: float | None = None,
-        where: str = 'all',
+        where: str = 'inside',
+        teacher_output: str = 'depth',
     ) -> None:
-        super().__init__(loss_weight, seed=seed, min_depth=min_depth, max_depth=max_depth, where=where)
+        super().__init__(
+            loss_weight,
+            seed=seed,
+            min_depth=min_depth,
+            max_depth=max_depth,
+            where=where,
+            teacher_output=teacher_output,
+        )
         owner = type(self).__name__
         check_finite_number(owner, 'ratio_threshold', ratio_threshold, minimum=0)
         check_positive(owner, 'eps', eps)
@@ -79,7 +93,7 @@ class OrdinalRelationLoss(SampledDepthLoss):
 
     def compute(self, student: Tensor, teacher: Tensor, targets: Targets) -> Tensor:
         """Return the unweighted loss."""
-        valid = self.counts(student, teacher, targets)
+        student, teacher, valid = self.prepare(student, teacher, targets)
         pairs = self.draw(student, self.num_pairs, 2)
         return ordinal_relation_loss(
             student, teacher, pairs=pairs, ratio_threshold=self.ratio_threshold, eps=self.eps, valid=valid

@@ -6,9 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from mmstructkd.errors import ConfigError, check_one_of
+from mmstructkd.errors import ConfigError, check_count, check_one_of, is_finite_number
 from mmstructkd.functional.affinity import POOLS, check_kernel_size, check_radius, pairwise_affinity_loss
-from mmstructkd.functional.reduce import valid_pixels
 from mmstructkd.losses.base import DistillLoss
 from mmstructkd.losses.presets import settle
 from mmstructkd.registry import MODELS
@@ -77,7 +76,8 @@ class PairwiseAffinityLoss(DistillLoss):
         - student: :math:`(B, D_s, H, W)`; teacher: :math:`(B, D_t, H, W)`, detached.
         - output: scalar in [0, 4], no unit, 0 with a graph where no pixel counts.
 
-    Pixels without a label and padding are no part of any node.
+    Pixels without a label count, as in the published code
+    (``where='inside'``); padding is no part of any node.
 
     Raises:
         ConfigError: an argument is out of range or contradicts the preset.
@@ -131,9 +131,9 @@ class PairwiseAffinityLoss(DistillLoss):
                 f'{owner}: the size of a patch must be given by one of {", ".join(f"`{name}`" for name in named)}, '
                 f'got {named}. Name one of them' + ('.' if preset is None else f'; preset={preset!r} fixes another.')
             )
-        if most is not None and (isinstance(most, bool) or not isinstance(most, int) or most < 1):
-            raise ConfigError(f'{owner}: `max_side` must be an integer above 0, got {most!r}.')
-        if scale is not None and (isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale <= 1):
+        if most is not None:
+            check_count(owner, 'max_side', most)
+        if scale is not None and not (is_finite_number(scale) and 0 < scale <= 1):
             raise ConfigError(f'{owner}: `kernel_scale` must be above 0 and at most 1, got {scale!r}.')
         self.preset = preset
         self.pool: str = settings['pool']
@@ -142,17 +142,11 @@ class PairwiseAffinityLoss(DistillLoss):
         pooled = scale is None and most is None
         self.kernel_size = check_kernel_size(owner, 2 if size is None else size) if pooled else None
         self.radius: int | None = settings['radius']
-        self.detach_norm = bool(settings['detach_norm'])
+        self.detach_norm: bool = settings['detach_norm']
 
     def compute(self, student: Tensor, teacher: Tensor, targets: Targets) -> Tensor:
         """Return the unweighted loss."""
-        valid = valid_pixels(
-            type(self).__name__,
-            student,
-            labels=targets.labels,
-            ignore_index=targets.ignore_index,
-            valid=targets.valid,
-        )
+        valid = self.counting(student, targets)
         return pairwise_affinity_loss(
             student,
             teacher,

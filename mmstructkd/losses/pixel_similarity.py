@@ -5,7 +5,6 @@ from __future__ import annotations
 from torch import Tensor
 
 from mmstructkd.functional.pixel_similarity import pixel_similarity_loss
-from mmstructkd.functional.reduce import valid_pixels
 from mmstructkd.losses.base import DistillLoss
 from mmstructkd.registry import MODELS
 from mmstructkd.structures import Targets
@@ -42,8 +41,9 @@ class PixelSimilarityLoss(DistillLoss):
         - student: :math:`(B, D_s, H, W)`; teacher: :math:`(B, D_t, H, W)`, detached.
         - output: scalar in [0, 4], no unit, 0 with a graph where no pixel counts.
 
-    Pixels without a label and padding are left out of the distance. In the
-    connector they have a part in the length of the attention.
+    Pixels without a label count, as in that re-implementation
+    (``where='inside'``); padding is left out of the distance. In the connector
+    it has a part in the length of the attention.
 
     Raises:
         ShapeError: the maps do not fit each other, or are no residuals.
@@ -62,17 +62,11 @@ class PixelSimilarityLoss(DistillLoss):
 
     def __init__(self, loss_weight: float = 0.1, *, residual: bool = False) -> None:
         super().__init__(loss_weight=loss_weight)
-        self.residual = bool(residual)
+        self.residual = residual
 
     def compute(self, student: Tensor, teacher: Tensor, targets: Targets) -> Tensor:
         """Return the unweighted loss."""
-        valid = valid_pixels(
-            type(self).__name__,
-            student,
-            labels=targets.labels,
-            ignore_index=targets.ignore_index,
-            valid=targets.valid,
-        )
+        valid = self.counting(student, targets)
         return pixel_similarity_loss(student, teacher, residual=self.residual, valid=valid)
 
     def extra_repr(self) -> str:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mmstructkd.errors import check_one_of
 from mmstructkd.functional.divergence import pixelwise_kl_loss
-from mmstructkd.losses.class_targets import ClassMap, counting
+from mmstructkd.losses.class_targets import ClassMap
 from mmstructkd.losses.presets import settle
 from mmstructkd.losses.softening import SoftenedLoss
 from mmstructkd.registry import MODELS
@@ -45,13 +45,13 @@ class PixelwiseKLLoss(SoftenedLoss):
 
     ``'code'``: the authors' released code divides by the pixels of one image,
     not by those of the batch, so that its weight of 10 is 10 B on the mean, with
-    B the images of one process. It counts pixels without a label like all
-    others; here these count nowhere. The default weight of 1 is winycg/CIRKD's on
-    this mean.
+    B the images of one process. The default weight of 1 is winycg/CIRKD's on this
+    mean. Pixels without a label count like all others, as in that code
+    (``where='inside'``).
 
     Args:
         loss_weight: factor of the loss, finite and at least 0.
-        temperature: softens both distributions: a number above 0, or the config
+        temperature: softens both distributions: a number from 0.001 to 1000, or the config
             of a registered temperature. The loss is multiplied by its square.
         batch_reduction: ``'mean'`` over the pixels of the batch that count, or
             ``'sum'``: that mean times B.
@@ -88,6 +88,7 @@ class PixelwiseKLLoss(SoftenedLoss):
     )
     # A 1x1 convolution would let the student hide behind it: classes must be the same ones.
     needs_equal_channels = False
+    over_classes = True
 
     def __init__(
         self,
@@ -121,7 +122,7 @@ class PixelwiseKLLoss(SoftenedLoss):
             student,
             teacher,
             temperature=temperature,
-            valid=counting(type(self).__name__, student, targets),
+            valid=self.counting(student, targets),
         )
         return loss * student.shape[0] if self.batch_reduction == 'sum' else loss
 

@@ -9,18 +9,19 @@ import torch.nn.functional as torch_functional
 from torch import Tensor, nn
 
 from mmstructkd.errors import (
+    MAX_CLASSES,
     ConfigError,
     ShapeError,
+    check_count,
     check_finite_number,
     check_ndim,
     check_one_of,
-    check_positive,
     check_same,
 )
 from mmstructkd.functional.contrast import draw, region_contrast_loss, sinkhorn_loss, wasserstein_contrast_loss
 from mmstructkd.functional.nodes import cell_nodes, check_grid, unit_vectors
 from mmstructkd.functional.precision import full_precision
-from mmstructkd.functional.reduce import mean_of_sum, valid_pixels
+from mmstructkd.functional.reduce import mean_of_sum
 from mmstructkd.functional.region import box_average, class_centers
 from mmstructkd.losses.seeding import check_seed, seeded
 from mmstructkd.losses.softening import SoftenedLoss
@@ -30,6 +31,8 @@ from mmstructkd.structures import Targets
 
 __all__ = ['LipschitzCritic', 'RegionContrastLoss']
 
+#: Widths, instances and keys; more would fill the memory.
+MAX_KEYS = 2**16
 _MODES = ('nce', 'wasserstein')
 _REGIONS = ('classes', 'boxes', 'cells')
 _FIRST_ITERATIONS = 10
@@ -104,9 +107,12 @@ class RegionContrastLoss(SoftenedLoss):
     - ``'cells'``: the cells of a grid. All others are negatives; no queue.
 
     What is drawn where there are too many depends on a step counter alone, which
-    is saved with the queue, so that a resumed run goes on exactly. Processes
-    gather what they remember and must have as many images each. In eval mode
+    is saved with the queue, so that a resumed run goes on exactly. In eval mode
     nothing is remembered.
+
+    With several processes what is remembered is gathered, so that one queue
+    serves all, and each must have as many images; besides the queue, a region is
+    compared with those of its own process (in ``'wasserstein'`` with these alone).
 
     Args:
         loss_weight: factor of the loss, finite and at least 0.
@@ -114,7 +120,7 @@ class RegionContrastLoss(SoftenedLoss):
         regions: ``'classes'``, ``'boxes'`` or ``'cells'``.
         num_classes: of labels or boxes; needed for ``'classes'`` and for the
             queue.
-        temperature: of the contrast: a number above 0, or the config of a registered
+        temperature: of the contrast: a number from 0.001 to 1000, or the config of a registered
             temperature.
         channels: width of the embeddings.
         max_instances: regions of a batch that are compared, drawn at random.
@@ -130,7 +136,9 @@ class RegionContrastLoss(SoftenedLoss):
         - output: scalar, mean over regions, 0 with a graph where no region has a
           negative. Not 0 where both networks agree.
 
-    Pixels without a label and padding are no part of any region.
+    Pixels without a label count in boxes and cells (``where='inside'``; the
+    published code takes whole images), with ``regions='classes'`` labelled ones
+    only. Padding is no part of any region.
 
     Raises:
         ConfigError: an argument is out of range, the batch lacks labels or
@@ -181,17 +189,18 @@ class RegionContrastLoss(SoftenedLoss):
             ('queue_size', queue_size, 0),
             ('queue_keys', queue_keys, 1),
         ):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ConfigError(f'{owner}: `{name}` must be an integer of at least {least}, got {value!r}.')
+            check_count(owner, name, value, least, maximum=MAX_KEYS)
         self.queue_size = queue_size if mode == 'nce' and regions != 'cells' else 0
         if num_classes is None and (regions == 'classes' or self.queue_size):
             raise ConfigError(
                 f'{owner}: `num_classes` must be given for regions={regions!r} with queue_size={queue_size}, got None.'
             )
         if num_classes is not None:
-            check_positive(owner, 'num_classes', num_classes)
+            check_count(owner, 'num_classes', num_classes, maximum=MAX_CLASSES)
         self.mode = mode
         self.region_kind = regions
+        self.needs_labels = regions == 'classes'
+        self.where = 'labelled' if self.needs_labels else 'inside'
         self.num_classes = num_classes
         self.channels = channels
         self.max_instances = max_instances
@@ -301,16 +310,13 @@ class RegionContrastLoss(SoftenedLoss):
             region_t, _ = class_centers(teacher, labels, self.num_classes, ignore_index=ignored, valid=targets.valid)
             classes = torch.arange(self.num_classes, device=student.device).repeat(student.shape[0])
             return region_s.flatten(0, 1), region_t.flatten(0, 1), classes, (count > 0).flatten()
-        valid = valid_pixels(
-            owner, student, labels=targets.labels, ignore_index=targets.ignore_index, valid=targets.valid
-        )
+        valid = self.counting(student, targets)
         if self.region_kind == 'boxes':
             if targets.boxes is None or targets.box_labels is None or targets.input_size is None:
                 raise ConfigError(
                     f"{owner}: `targets.boxes`, `box_labels` and `input_size` must be given for regions='boxes', "
                     "got None. Use regions='classes' or 'cells'."
                 )
-            # Boxes are there without pixel labels: what these ignore may well be inside a box.
             region_s, covered = box_average(student, targets.boxes, targets.input_size, valid=valid)
             region_t, _ = box_average(teacher, targets.boxes, targets.input_size, valid=valid)
             return region_s, region_t, torch.cat(targets.box_labels).to(student.device), covered

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from mmstructkd.errors import check_finite_number
+from mmstructkd.errors import check_some_weight
 from mmstructkd.functional.relation import relational_loss
 from mmstructkd.losses.node_loss import NodeLoss
 from mmstructkd.registry import MODELS
@@ -39,7 +39,9 @@ class RelationalLoss(NodeLoss):
           any width, detached.
         - output: scalar, no unit, 0 with a graph where nothing counts.
 
-    Pixels without a label and padding are no part of any node.
+    Pixels without a label count (``where='inside'``), since the published code
+    takes whole images; with ``nodes='classes'`` labelled ones only. Padding is no
+    part of any node.
 
     Raises:
         ConfigError: an argument is out of range, or labels are missing for
@@ -69,8 +71,7 @@ class RelationalLoss(NodeLoss):
     ) -> None:
         super().__init__(loss_weight, nodes=nodes, grid=grid, num_classes=num_classes)
         owner = type(self).__name__
-        check_finite_number(owner, 'distance_weight', distance_weight, minimum=0)
-        check_finite_number(owner, 'angle_weight', angle_weight, minimum=0)
+        check_some_weight(owner, distance_weight=distance_weight, angle_weight=angle_weight)
         self.distance_weight = float(distance_weight)
         self.angle_weight = float(angle_weight)
 

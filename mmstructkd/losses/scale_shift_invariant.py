@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from mmstructkd.errors import check_positive
+from mmstructkd.errors import check_finite_number, check_positive
 from mmstructkd.functional.depth import scale_shift_invariant_loss
 from mmstructkd.losses.depth_base import DepthLoss
 from mmstructkd.registry import MODELS
 from mmstructkd.structures import Targets
 
 __all__ = ['ScaleShiftInvariantLoss']
+
+#: Its square must be a float32.
+MAX_EPS = 1e6
 
 
 @MODELS.register_module()
@@ -19,9 +22,13 @@ class ScaleShiftInvariantLoss(DepthLoss):
 
     For a teacher whose scale is not to be trusted, or that has none. See
     :func:`~mmstructkd.functional.depth.scale_shift_invariant_loss` for the
-    formula. Tap the depth maps of both networks; with a teacher of inverse depth
-    (MiDaS), a tap of the student that gives inverse depth. MiDaS uses a weight
-    of 1 on normalised inverse depth; there is no published one for distillation.
+    formula. Tap the depth maps of both networks. With a teacher of disparity up
+    to scale and offset (MiDaS) set ``teacher_output='disparity'``: then one over
+    the student's depth is compared with it. MiDaS uses a weight of 1 on
+    normalised disparity; there is no published one for distillation.
+
+    Pixels count where the teacher has a reading, labelled or not
+    (``where='inside'``): teaching beyond the ground truth is what it is for.
 
     Args:
         loss_weight: factor of the loss, finite and at least 0.
@@ -31,8 +38,12 @@ class ScaleShiftInvariantLoss(DepthLoss):
         min_depth: metres; pixels that the teacher sees nearer do not count.
         max_depth: metres; pixels that it sees further off do not count.
             ``None``: no limit.
-        where: ``'all'``, ``'labelled'`` or ``'unlabelled'`` pixels
-            (``targets.depth``).
+        where: ``'inside'`` the image, or only ``'labelled'`` or ``'unlabelled'``
+            pixels (``targets.depth``); see
+            :class:`~mmstructkd.losses.depth_base.DepthLoss`.
+        teacher_output: ``'depth'``, ``'disparity'`` (of any scale and offset; the
+            student's depth is turned into it) or the ``'same'`` as the student,
+            see there.
 
     Shape:
         - student, teacher: :math:`(B, 1, H, W)`; the teacher is detached.
@@ -62,16 +73,25 @@ class ScaleShiftInvariantLoss(DepthLoss):
         eps: float = 1e-3,
         min_depth: float = 0.0,
         max_depth: float | None = None,
-        where: str = 'all',
+        where: str = 'inside',
+        teacher_output: str = 'depth',
     ) -> None:
-        super().__init__(loss_weight, min_depth=min_depth, max_depth=max_depth, where=where)
+        super().__init__(
+            loss_weight,
+            min_depth=min_depth,
+            max_depth=max_depth,
+            where=where,
+            teacher_output=teacher_output,
+            blind_to_unit=True,
+        )
         check_positive(type(self).__name__, 'eps', eps)
-        self.robust = bool(robust)
+        check_finite_number(type(self).__name__, 'eps', eps, maximum=MAX_EPS)
+        self.robust = robust
         self.eps = float(eps)
 
     def compute(self, student: Tensor, teacher: Tensor, targets: Targets) -> Tensor:
         """Return the unweighted loss."""
-        valid = self.counts(student, teacher, targets)
+        student, teacher, valid = self.prepare(student, teacher, targets)
         return scale_shift_invariant_loss(student, teacher, robust=self.robust, eps=self.eps, valid=valid)
 
     def extra_repr(self) -> str:

@@ -7,15 +7,9 @@ from collections.abc import Iterator
 
 import torch
 
-from mmstructkd.errors import ConfigError
+from mmstructkd.errors import check_seed
 
 __all__ = ['check_seed', 'seeded']
-
-
-def check_seed(owner: str, seed: int | None) -> None:
-    """Raise :class:`~mmstructkd.errors.ConfigError` unless ``seed`` is ``None`` or an integer of at least 0."""
-    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or seed < 0):
-        raise ConfigError(f'{owner}: `seed` must be an integer of at least 0 or None, got {seed!r}.')
 
 
 @contextlib.contextmanager

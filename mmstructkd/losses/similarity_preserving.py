@@ -53,7 +53,9 @@ class SimilarityPreservingLoss(NodeLoss):
           any width, detached.
         - output: scalar, no unit, 0 with a graph where nothing counts.
 
-    Pixels without a label and padding are no part of any node.
+    Pixels without a label count (``where='inside'``), since the published code
+    takes whole images; with ``nodes='classes'`` labelled ones only. Padding is no
+    part of any node.
 
     Raises:
         ConfigError: an argument is out of range or contradicts the preset, or

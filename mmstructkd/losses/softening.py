@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from mmstructkd.errors import ConfigError
+from mmstructkd.errors import ConfigError, ShapeError
+from mmstructkd.functional.binary import as_two_classes
 from mmstructkd.losses.base import DistillLoss
-from mmstructkd.losses.class_targets import counting
 from mmstructkd.structures import Targets
 from mmstructkd.temperatures import Softened, Temperature, build_temperature
 
@@ -23,7 +23,7 @@ class SoftenedLoss(DistillLoss):
 
     Args:
         loss_weight: factor of the loss, finite and at least 0.
-        temperature: a number above 0, or the config of a registered temperature
+        temperature: a number from 0.001 to 1000, or the config of a registered temperature
             (``ScheduledTemperature``, ``LearnableTemperature``, ...).
 
     Attributes:
@@ -58,13 +58,27 @@ class SoftenedLoss(DistillLoss):
                 left out of a temperature's statistics.
 
         Returns:
-            Student, teacher and the temperature, for the functional core.
+            Student, teacher and the temperature, for the functional core. Scores
+            of binary heads come as two classes, see
+            :func:`~mmstructkd.functional.binary.as_two_classes`.
+
+        Raises:
+            ShapeError: the temperature divides by the spread of the scores, and
+                there are only two.
         """
+        if self.softened_axes is not None:
+            student, teacher = as_two_classes(student, teacher, alone=self.over_classes)
         if not isinstance(self.temperature, Temperature):
             return Softened(student, teacher, self.temperature)
+        if self.temperature.reshapes and self.softened_axes == 1 and student.dim() > 1 and student.shape[1] < 3:
+            raise ShapeError(
+                f'{type(self).__name__}: `temperature` must be one that leaves the scores of two classes as they are, '
+                f'got {type(self.temperature).__name__} for {tuple(student.shape)}. Divided by their own spread, two '
+                'scores keep nothing but their sign, and have no gradient: set a number.'
+            )
         valid = None
         if self.temperature.reshapes and targets is not None:
-            valid = counting(type(self).__name__, student, targets)
+            valid = self.counting(student, targets)
         softened: Softened = self.temperature(student, teacher, dim=self.softened_axes or 1, valid=valid)
         return softened
 

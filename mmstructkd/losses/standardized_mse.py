@@ -6,10 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from mmstructkd.errors import ConfigError, check_one_of, check_positive
+from mmstructkd.errors import check_flag, check_one_of, check_positive
 from mmstructkd.functional.statistics import OVER, standardized_mse_loss
 from mmstructkd.losses.base import DistillLoss
-from mmstructkd.losses.positions import counting_positions
 from mmstructkd.losses.presets import settle
 from mmstructkd.registry import MODELS
 from mmstructkd.structures import Targets
@@ -59,7 +58,8 @@ class StandardizedMSELoss(DistillLoss):
         - output: scalar in [0, 4], 0 with a graph where no pixel counts, and
           where there is one position only.
 
-    Pixels without a label and padding are no part of the statistics.
+    Pixels without a label count, as in the published code
+    (``where='inside'``); padding is no part of the statistics.
 
     Raises:
         ConfigError: an argument is out of range or contradicts the preset.
@@ -94,8 +94,7 @@ class StandardizedMSELoss(DistillLoss):
         owner = type(self).__name__
         settings = settle(owner, preset, {'over': over, 'half': half}, defaults=_DEFAULTS, presets=_PRESETS)
         check_one_of(owner, 'over', settings['over'], OVER)
-        if not isinstance(settings['half'], bool):
-            raise ConfigError(f'{owner}: `half` must be True or False, got {settings["half"]!r}.')
+        check_flag(owner, 'half', settings['half'])
         check_positive(owner, 'eps', eps)
         self.preset = preset
         self.over: str = settings['over']
@@ -105,7 +104,7 @@ class StandardizedMSELoss(DistillLoss):
 
     def compute(self, student: Tensor, teacher: Tensor, targets: Targets) -> Tensor:
         """Return the unweighted loss."""
-        valid = counting_positions(type(self).__name__, student, targets)
+        valid = self.counting(student, targets)
         return self.factor * standardized_mse_loss(student, teacher, over=self.over, eps=self.eps, valid=valid)
 
     def extra_repr(self) -> str:

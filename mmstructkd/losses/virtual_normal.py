@@ -24,6 +24,9 @@ class VirtualNormalLoss(SampledDepthLoss):
     bins with a weight of 6. It says nothing about scale: give it a regression
     beside it.
 
+    Pixels count where the teacher has a reading, labelled or not
+    (``where='inside'``): teaching beyond the ground truth is what it is for.
+
     Args:
         loss_weight: factor of the loss, finite and at least 0.
         num_triplets: how many triplets to draw from each image in each step.
@@ -39,8 +42,11 @@ class VirtualNormalLoss(SampledDepthLoss):
         min_depth: metres; pixels that the teacher sees nearer do not count.
         max_depth: metres; pixels that it sees further off do not count.
             ``None``: no limit.
-        where: ``'all'``, ``'labelled'`` or ``'unlabelled'`` pixels
-            (``targets.depth``).
+        where: ``'inside'`` the image, or only ``'labelled'`` or ``'unlabelled'``
+            pixels (``targets.depth``); see
+            :class:`~mmstructkd.losses.depth_base.DepthLoss`.
+        teacher_output: ``'depth'``, ``'disparity'`` (one over depth; turned into
+            depth) or the ``'same'`` as the student, see there.
 
     Shape:
         - student, teacher: :math:`(B, 1, H, W)`; the teacher is detached.
@@ -74,9 +80,17 @@ class VirtualNormalLoss(SampledDepthLoss):
         seed: int = 0,
         min_depth: float = 0.0,
         max_depth: float | None = None,
-        where: str = 'all',
+        where: str = 'inside',
+        teacher_output: str = 'depth',
     ) -> None:
-        super().__init__(loss_weight, seed=seed, min_depth=min_depth, max_depth=max_depth, where=where)
+        super().__init__(
+            loss_weight,
+            seed=seed,
+            min_depth=min_depth,
+            max_depth=max_depth,
+            where=where,
+            teacher_output=teacher_output,
+        )
         owner = type(self).__name__
         self.focal_length = check_camera(owner, focal_length, field_of_view)
         check_triangle(owner, min_distance, min_angle)
@@ -87,7 +101,7 @@ class VirtualNormalLoss(SampledDepthLoss):
 
     def compute(self, student: Tensor, teacher: Tensor, targets: Targets) -> Tensor:
         """Return the unweighted loss."""
-        valid = self.counts(student, teacher, targets)
+        student, teacher, valid = self.prepare(student, teacher, targets)
         return virtual_normal_loss(
             student,
             teacher,

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from mmstructkd.errors import check_one_of
+from mmstructkd.functional.binary import as_two_classes
 from mmstructkd.functional.logits import weighted_soft_label_loss
 from mmstructkd.losses.class_targets import TARGETS, class_targets
 from mmstructkd.losses.softening import SoftenedLoss
@@ -24,11 +25,12 @@ class WeightedSoftLabelLoss(SoftenedLoss):
     :func:`~mmstructkd.functional.logits.weighted_soft_label_loss` for the formula;
     it is a cross-entropy and so not 0 on itself. Tap class scores of the same
     classes in both networks. The default weight of 2.5 and temperature of 2 are
-    the authors' for ImageNet; they have none for maps.
+    the authors' for ImageNet; they have none for maps. Only labelled pixels count
+    (``where='labelled'``), all with ``target='teacher'``.
 
     Args:
         loss_weight: factor of the loss, finite and at least 0.
-        temperature: softens both: a number above 0, or the config of a registered
+        temperature: softens both: a number from 0.001 to 1000, or the config of a registered
             temperature. The loss is multiplied by its square; the weights are
             taken at temperature 1 of the same scores.
         target: the right class is that of the ``'labels'``, or the one that the
@@ -53,6 +55,9 @@ class WeightedSoftLabelLoss(SoftenedLoss):
 
     # A 1x1 convolution would let the student hide behind it: classes must be the same ones.
     needs_equal_channels = False
+    over_classes = True
+    where = 'labelled'
+    needs_labels = True
     tasks = ('seg', 'det')
     transfers = 'class probabilities, most where the student lags behind'
     paper = 'Rethinking Soft Labels for Knowledge Distillation (arXiv:2102.00650)'
@@ -61,10 +66,14 @@ class WeightedSoftLabelLoss(SoftenedLoss):
         super().__init__(loss_weight, temperature)
         check_one_of(type(self).__name__, 'target', target, TARGETS)
         self.target = target
+        self.needs_labels = target == 'labels'
+        self.where = 'labelled' if self.needs_labels else 'inside'
 
     def compute(self, student: Tensor, teacher: Tensor, targets: Targets) -> Tensor:
         """Return the unweighted loss."""
-        labels, valid = class_targets(type(self).__name__, self.target, student, teacher, targets)
+        student, teacher = as_two_classes(student, teacher)
+        labels = class_targets(type(self).__name__, self.target, student, teacher, targets)
+        valid = self.counting(student, targets)
         student, teacher, temperature = self.soften(student, teacher, targets)
         return weighted_soft_label_loss(
             student, teacher, labels=labels, temperature=temperature, ignore_index=-1, valid=valid

@@ -8,12 +8,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor, distributed, nn
 
-from mmstructkd.errors import ConfigError, ShapeError
+from mmstructkd.arguments import checked
+from mmstructkd.errors import ConfigError, ShapeError, check_count, shown
 from mmstructkd.functional.contrast import draw
 
 __all__ = ['ClassQueue']
 
+#: 8 GB in float32, on every device and in every checkpoint.
+MAX_NUMBERS = 2**31
 
+
+@checked
 class ClassQueue(nn.Module):
     """First in, first out, class by class; the same in all processes.
 
@@ -50,8 +55,12 @@ class ClassQueue(nn.Module):
     def __init__(self, num_classes: int, capacity: int, channels: int) -> None:
         super().__init__()
         for name, value in (('num_classes', num_classes), ('capacity', capacity), ('channels', channels)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(f'ClassQueue: `{name}` must be an integer above 0, got {value!r}.')
+            check_count('ClassQueue', name, value)
+        if num_classes * capacity * channels > MAX_NUMBERS:
+            raise ConfigError(
+                f'ClassQueue: `capacity` times `num_classes` and `channels` must be at most {MAX_NUMBERS}, '
+                f'got {shown(capacity)}, {shown(num_classes)} and {shown(channels)}.'
+            )
         self.num_classes = num_classes
         self.capacity = capacity
         self.channels = channels

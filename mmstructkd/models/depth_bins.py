@@ -11,10 +11,14 @@ import torch
 import torch.nn.functional as torch_functional
 from torch import Tensor, nn
 
-from mmstructkd.errors import ConfigError, check_finite_number, check_one_of, check_positive
+from mmstructkd.errors import ConfigError, check_count, check_finite_number, check_one_of, check_positive
 from mmstructkd.functional.precision import full_precision, promote
 from mmstructkd.functional.reduce import masked_mean
+from mmstructkd.models.depth_losses import check_loss_name
 from mmstructkd.registry import MODELS
+
+#: More would fill the memory.
+MAX_BINS = 2**14
 
 __all__ = ['BinsToDepth', 'DepthBinLoss', 'ScoreToDepth', 'check_range']
 
@@ -109,8 +113,7 @@ class BinsToDepth(nn.Module):
         owner = type(self).__name__
         check_range(owner, min_depth, max_depth)
         check_one_of(owner, 'average', average, self.AVERAGES)
-        if isinstance(num_bins, bool) or not isinstance(num_bins, int) or num_bins < 2:
-            raise ConfigError(f'{owner}: `num_bins` must be an integer of at least 2, got {num_bins!r}.')
+        check_count(owner, 'num_bins', num_bins, 2, maximum=MAX_BINS)
         self.num_bins = num_bins
         self.min_depth = float(min_depth)
         self.max_depth = float(max_depth)
@@ -188,7 +191,8 @@ class DepthBinLoss(nn.Module):
             check_positive(owner, 'sharpness', sharpness)
         self.loss_weight = float(loss_weight)
         self.sharpness = sharpness
-        self.reach = 0 if sharpness is None else int(math.sqrt(math.log(1e3) / sharpness))
+        self.reach = 0 if sharpness is None else int(min(math.sqrt(math.log(1e3) / sharpness), MAX_BINS))
+        check_loss_name(owner, loss_name)
         self._loss_name = loss_name
 
     @property

@@ -8,9 +8,10 @@ from typing import Any
 from mmseg.models.utils import resize
 from torch import Tensor
 
-from mmstructkd.models.depth_bins import BinsToDepth, check_range
-from mmstructkd.models.depth_head import DepthHead
-from mmstructkd.registry import MODELS
+from mmstructkd.errors import check_count, check_one_of
+from mmstructkd.models.depth_bins import MAX_BINS, BinsToDepth, check_range
+from mmstructkd.models.depth_head import DepthHead, check_named_loss
+from mmstructkd.registry import MODELS, build_part
 
 __all__ = ['DepthClassificationHead']
 
@@ -73,7 +74,10 @@ class DepthClassificationHead(DepthHead):
         loss_decode: dict | Sequence[dict] = (),
         **kwargs: Any,
     ) -> None:
-        check_range(type(self).__name__, min_depth, max_depth)
+        owner = type(self).__name__
+        check_range(owner, min_depth, max_depth)
+        check_count(owner, 'num_bins', num_bins, 2, maximum=MAX_BINS)
+        check_one_of(owner, 'average', average, BinsToDepth.AVERAGES)
         super().__init__(
             in_channels,
             channels,
@@ -86,7 +90,9 @@ class DepthClassificationHead(DepthHead):
             loss_decode=loss_decode,
             **kwargs,
         )
-        self.loss_bins = MODELS.build({'type': 'mmstructkd.DepthBinLoss', **(loss_bins or {})})
+        example = "dict(type='mmstructkd.DepthBinLoss')"
+        settings = {'type': 'mmstructkd.DepthBinLoss', **(loss_bins or {})}
+        self.loss_bins = check_named_loss(owner, 'loss_bins', build_part(owner, 'loss_bins', settings, example=example))
 
     def loss_by_scores(self, scores: Tensor, batch_data_samples: Sequence[Any]) -> dict[str, Tensor]:
         """Return the losses on the bins, and those on the depth map if there are any.

@@ -15,15 +15,20 @@ from mmcv.cnn import ConvModule
 from mmengine.logging import print_log
 from mmseg.models.decode_heads.decode_head import BaseDecodeHead
 from mmseg.models.utils import resize
+from mmseg.registry import MODELS as MMSEG_MODELS
 from torch import Tensor, nn
 
-from mmstructkd.errors import ConfigError
+from mmstructkd.errors import ConfigError, ShapeError, check_count, check_finite_number, check_flag, is_count
 from mmstructkd.functional.depth import depth_readings
+from mmstructkd.layers import check_layers
+from mmstructkd.registry import build_part
 
 __all__ = ['DepthHead']
 
 #: Calls of the loss in which the ground truth is looked at, which makes the host wait.
 CHECKED_CALLS = 3
+#: More channels than any feature has; a number above is a slip that would fill the memory.
+MAX_WIDTH = 2**16
 
 
 class DepthHead(BaseDecodeHead):
@@ -80,8 +85,15 @@ class DepthHead(BaseDecodeHead):
         **kwargs: Any,
     ) -> None:
         owner = type(self).__name__
-        if num_convs not in (1, 2) or isinstance(num_convs, bool):
+        for width in in_channels if isinstance(in_channels, (list, tuple)) else [in_channels]:
+            check_count(owner, 'in_channels', width, maximum=MAX_WIDTH)
+        check_count(owner, 'channels', channels, maximum=MAX_WIDTH)
+        if not is_count(num_convs) or num_convs not in (1, 2):
             raise ConfigError(f'{owner}: `num_convs` must be 1 or 2, got {num_convs!r}.')
+        check_finite_number(owner, 'dropout_ratio', dropout_ratio, minimum=0, maximum=1)
+        check_flag(owner, 'align_corners', kwargs.get('align_corners', False))
+        layers = {name: kwargs[name] for name in ('conv_cfg', 'norm_cfg', 'act_cfg') if name in kwargs}
+        check_layers(owner, channels, **layers)
         for fixed in ('num_classes', 'out_channels', 'threshold', 'sampler', 'ignore_index'):
             if fixed in kwargs:
                 raise ConfigError(
@@ -98,9 +110,12 @@ class DepthHead(BaseDecodeHead):
             dropout_ratio=dropout_ratio,
             in_index=in_index,
             input_transform=_input_transform(owner, in_channels, in_index, input_transform),
-            loss_decode=list(loss_decode) if isinstance(loss_decode, (list, tuple)) else loss_decode,
+            loss_decode=[],
             **kwargs,
         )
+        several = isinstance(loss_decode, (list, tuple))
+        parts = [_build_loss(owner, config) for config in (loss_decode if several else [loss_decode])]
+        self.loss_decode = nn.ModuleList(parts) if several else parts[0]
         del self.conv_seg
         # What mmseg's sliding windows allocate: one channel, depth.
         self.out_channels = 1
@@ -124,8 +139,25 @@ class DepthHead(BaseDecodeHead):
         Returns:
             Shape (B, K, h, w).
         """
+        self._check_inputs(inputs)
         features = self.convs(self._transform_inputs(inputs))
         return self.conv_depth(features if self.dropout is None else self.dropout(features))
+
+    def _check_inputs(self, inputs: Sequence[Tensor]) -> None:
+        """Refuse features that are not those of the config."""
+        several = isinstance(self.in_index, (list, tuple))
+        places = self.in_index if several else [self.in_index]
+        if not all(-len(inputs) <= place < len(inputs) for place in places):
+            raise ConfigError(
+                f'{type(self).__name__}: `in_index` must name some of the {len(inputs)} features of the backbone or '
+                f'neck, got {self.in_index}.'
+            )
+        widths = [inputs[place].shape[1] for place in places]
+        if sum(widths) != self.in_channels:
+            raise ShapeError(
+                f'{type(self).__name__}: `in_channels` must be the width of the features with the numbers '
+                f'{list(places)}, {widths}, got {self.in_channels} in all.'
+            )
 
     def forward(self, inputs: Sequence[Tensor]) -> Tensor:
         """Return the depth map.
@@ -226,9 +258,29 @@ class DepthHead(BaseDecodeHead):
             )
 
 
+def _build_loss(owner: str, config: Any) -> nn.Module:
+    """Build a loss of ``loss_decode``, of this package or of mmseg."""
+    loss = build_part(
+        owner, 'loss_decode', config, example="dict(type='mmstructkd.DepthL1Loss')", registry=MMSEG_MODELS
+    )
+    return check_named_loss(owner, 'loss_decode', loss)
+
+
+def check_named_loss(owner: str, argument: str, loss: Any) -> nn.Module:
+    """Return a loss, or raise :class:`ConfigError` unless it is one of mmseg's kind, which has a name."""
+    if not isinstance(loss, nn.Module) or not hasattr(loss, 'loss_name'):
+        raise ConfigError(
+            f'{owner}: `{argument}` must be a loss with a `loss_name`, got {type(loss).__name__}. '
+            'Distillation losses belong into a term.'
+        )
+    return loss
+
+
 def _input_transform(owner: str, in_channels: Any, in_index: Any, given: str | None) -> str | None:
     """Check how features are chosen; several are resized and concatenated."""
     several = isinstance(in_index, (list, tuple))
+    if not all(map(is_count, in_index if several else [in_index])):
+        raise ConfigError(f'{owner}: `in_index` must be an integer or a list of them, got {in_index!r}.')
     if given not in (None, 'resize_concat'):
         raise ConfigError(
             f"{owner}: `input_transform` must be None or 'resize_concat', got {given!r}. It follows from `in_index`."

@@ -5,6 +5,8 @@ B images, H x W the grid of the ground truth; metres, 0 where there is no readin
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from mmstructkd.errors import ConfigError, check_finite_number, check_positive
@@ -14,6 +16,12 @@ from mmstructkd.registry import MODELS
 __all__ = ['DepthL1Loss', 'DepthSILogLoss']
 
 
+def check_loss_name(owner: str, value: Any) -> None:
+    """Raise :class:`ConfigError` unless ``value`` can be a name in mmengine's log."""
+    if not isinstance(value, str) or not value.strip():
+        raise ConfigError(f"{owner}: `loss_name` must be a name for the log, got {value!r}. Example: 'loss_depth'.")
+
+
 class _DepthLoss(nn.Module):
     """A weight, and the name under which mmseg logs the loss."""
 
@@ -21,6 +29,7 @@ class _DepthLoss(nn.Module):
         super().__init__()
         check_finite_number(type(self).__name__, 'loss_weight', loss_weight, minimum=0)
         self.loss_weight = float(loss_weight)
+        check_loss_name(type(self).__name__, loss_name)
         self._loss_name = loss_name
 
     @property

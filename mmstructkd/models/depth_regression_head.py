@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from mmstructkd.errors import check_one_of
 from mmstructkd.models.depth_bins import ScoreToDepth, check_range
 from mmstructkd.models.depth_head import DepthHead
 from mmstructkd.registry import MODELS
@@ -58,6 +59,7 @@ class DepthRegressionHead(DepthHead):
         **kwargs: Any,
     ) -> None:
         check_range(type(self).__name__, min_depth, max_depth)
+        check_one_of(type(self).__name__, 'mapping', mapping, ScoreToDepth.MAPPINGS)
         if loss_decode is None:
             loss_decode = [
                 dict(type='mmstructkd.DepthSILogLoss'),

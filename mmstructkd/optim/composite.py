@@ -26,14 +26,27 @@ class CompositeOptimizer(Optimizer):
     """
 
     def __init__(self, parts: Sequence[Optimizer]) -> None:
+        self.parts: list[Optimizer] = []
+        super().__init__([p for part in parts for g in part.param_groups for p in g['params']], defaults={})
         self.parts = list(parts)
-        super().__init__([p for part in self.parts for g in part.param_groups for p in g['params']], defaults={})
         self._link()
 
     def _link(self) -> None:
         """Make the groups of the parts the groups of the whole."""
         self.param_groups = [group for part in self.parts for group in part.param_groups]
         self.defaults = self.parts[0].defaults
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group to the first part, which is the student's.
+
+        Args:
+            param_group: as for any optimiser.
+        """
+        if not self.parts:
+            super().add_param_group(param_group)  # torch's own constructor calls this
+            return
+        self.parts[0].add_param_group(param_group)
+        self._link()
 
     @property
     def state(self) -> dict[torch.Tensor, Any]:
@@ -47,7 +60,7 @@ class CompositeOptimizer(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:
-        """Step every part.
+        """Step the first part, and each other one that has a gradient.
 
         Args:
             closure: not supported.
@@ -57,8 +70,10 @@ class CompositeOptimizer(Optimizer):
         """
         if closure is not None:
             raise ValueError('CompositeOptimizer.step: `closure` must be None, got a function. Step without it.')
-        for part in self.parts:
-            part.step()
+        for number, part in enumerate(self.parts):
+            # a part at rest: some optimisers count steps, or decay, whether there are gradients or not
+            if number == 0 or any(p.grad is not None for group in part.param_groups for p in group['params']):
+                part.step()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients of every part."""

@@ -10,7 +10,14 @@ from mmstructkd.taps.forward import (
     tapped_forward,
 )
 from mmstructkd.taps.points import Sampled, in_point_head, recorded_points, with_points
-from mmstructkd.taps.regions import RegionRecorder, Regions, in_region_head, probe_regions
+from mmstructkd.taps.regions import (
+    RegionRecorder,
+    Regions,
+    in_region_head,
+    pair_stages,
+    probe_regions,
+    shows_regions,
+)
 from mmstructkd.taps.tap import Tap
 
 __all__ = [
@@ -26,9 +33,11 @@ __all__ = [
     'in_features',
     'in_point_head',
     'in_region_head',
+    'pair_stages',
     'probe_regions',
     'recorded_points',
     'run_tapped',
+    'shows_regions',
     'tapped_forward',
     'with_points',
 ]

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from mmstructkd.errors import TapError
 from mmstructkd.taps.capture import Capture
 from mmstructkd.taps.points import replayed_points
-from mmstructkd.taps.regions import REGION_HEAD, Regions, in_region_head, pool_regions
+from mmstructkd.taps.regions import REGION_HEAD, Regions, in_region_head, pool_regions, shows_regions
 from mmstructkd.taps.tap import Tap
 
 __all__ = ['FEATURES', 'ROUTES', 'ForwardFailed', 'find_route', 'in_features', 'run_tapped', 'tapped_forward']
@@ -173,7 +173,9 @@ def find_route(
                 partial = (capture, route)
             continue
         if all(capture.passes.values()):
-            _check_regions(network, capture, route, len(inputs))
+            own = _own_regions(network, capture, route)
+            if own is not None:
+                raise wrong or own  # why the regions of the student could not be had
             return capture, route
         if short is None or _passed(capture) > _passed(short[0]):
             short = (capture, route)
@@ -191,17 +193,15 @@ def _passed(capture: Capture) -> int:
     return sum(map(bool, capture.passes.values()))
 
 
-def _check_regions(network: nn.Module, capture: Capture, route: str, images: int) -> None:
-    """Refuse tensors of regions that a network has chosen for itself: those of the other are others."""
-    if route in ('tensor', 'features') or network.training:
-        return
-    for tap, tensors in capture.records.items():
-        for tensor in tensors:
-            if in_region_head(tap) and tensor.shape[0] != images:
-                raise TapError(
-                    f'Tap {str(tap)!r}: a teacher must look at the regions of the student, got a module of '
-                    f'{type(network).__name__} that can only be run on its own. Tap the neck instead.'
-                )
+def _own_regions(network: nn.Module, capture: Capture, route: str) -> TapError | None:
+    """The error for tensors of regions that a network has chosen for itself: those of the other are others."""
+    chosen = [tap for tap in capture.records if shows_regions(tap)]
+    if not chosen or route in ('tensor', 'features') or network.training:
+        return None
+    return TapError(
+        f'Tap {str(chosen[0])!r}: a teacher must look at the regions of the student, got a module of '
+        f'{type(network).__name__} that can only be run on its own. Tap the neck instead.'
+    )
 
 
 def run_tapped(

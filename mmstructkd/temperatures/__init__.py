@@ -1,6 +1,6 @@
 """Registered temperatures: what stands where a loss takes a number."""
 
-from mmstructkd.temperatures.base import Softened, Temperature, build_temperature
+from mmstructkd.temperatures.base import Softened, Temperature, build_temperature, check_temperature_range
 from mmstructkd.temperatures.constant import ConstantTemperature
 from mmstructkd.temperatures.learnable import LearnableTemperature
 from mmstructkd.temperatures.scheduled import ScheduledTemperature
@@ -14,4 +14,5 @@ __all__ = [
     'StandardizedTemperature',
     'Temperature',
     'build_temperature',
+    'check_temperature_range',
 ]

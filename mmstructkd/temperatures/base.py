@@ -8,10 +8,22 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from mmstructkd.errors import ConfigError, check_finite_number, check_one_of, check_positive, suggest
-from mmstructkd.registry import MODELS
+from mmstructkd.errors import (
+    ConfigError,
+    check_count,
+    check_one_of,
+    check_positive,
+    suggest,
+)
+from mmstructkd.registry import MODELS, look_up
 
-__all__ = ['Progress', 'Softened', 'Temperature', 'build_temperature']
+__all__ = ['Progress', 'Softened', 'Temperature', 'build_temperature', 'check_temperature_range']
+
+#: Iterations of any training.
+MAX_STEPS = 10**12
+
+#: The range of temperatures, see :func:`check_temperature_range`.
+LOWEST, HIGHEST = 1e-3, 1e3
 
 
 class Softened(NamedTuple):
@@ -79,9 +91,9 @@ class Progress:
     """
 
     def __init__(self, owner: str, begin: int, end: int | None, *, share: float = 1.0) -> None:
-        check_finite_number(owner, 'begin', begin, minimum=0)
+        check_count(owner, 'begin', begin, 0, maximum=MAX_STEPS)
         if end is not None:
-            check_finite_number(owner, 'end', end)
+            check_count(owner, 'end', end, 0, maximum=MAX_STEPS)
             if end <= begin:
                 raise ConfigError(f'{owner}: `end` must lie after `begin`={begin}, got {end}.')
         self.begin, self.end, self.share = begin, end, share
@@ -102,12 +114,33 @@ class Progress:
         return self.ratio
 
 
+def check_temperature_range(owner: str, argument: str, value: Any) -> None:
+    """Raise :class:`ConfigError` unless ``value`` is a temperature that float32 can compute with.
+
+    Within :data:`LOWEST` and :data:`HIGHEST`. Divided by more than that, scores
+    differ by less than float32 can tell beside the logarithm of the number of
+    classes; divided by less, a softmax is 0 or 1 everywhere. Either way what is
+    left of the gradient is rounding. Published values lie between 0.05 and 21.
+
+    Args:
+        owner: who asks, for the message.
+        argument: name of the argument.
+        value: the value.
+    """
+    check_positive(owner, argument, value)
+    if not LOWEST <= value <= HIGHEST:
+        raise ConfigError(
+            f'{owner}: `{argument}` must lie between {LOWEST:g} and {HIGHEST:g}, got {value!r}: beyond them float32 '
+            'leaves no gradient. Published values lie between 0.05 and 21; loss_weight=0 switches a loss off.'
+        )
+
+
 def build_temperature(owner: str, value: Any) -> float | Temperature:
     """Read the ``temperature`` of a loss.
 
     Args:
         owner: the loss, for messages.
-        value: a number above 0, a config with a ``type``, or a temperature.
+        value: a number from 0.001 to 1000, a config with a ``type``, or a temperature.
 
     Returns:
         The number, or the module.
@@ -118,7 +151,7 @@ def build_temperature(owner: str, value: Any) -> float | Temperature:
     if isinstance(value, Temperature):
         return value
     if isinstance(value, Real) or not isinstance(value, (Mapping, nn.Module)):
-        check_positive(owner, 'temperature', value)
+        check_temperature_range(owner, 'temperature', value)
         return float(value)
     if isinstance(value, nn.Module) or 'type' not in value:
         shown = type(value).__name__ if isinstance(value, nn.Module) else repr(value)
@@ -127,14 +160,14 @@ def build_temperature(owner: str, value: Any) -> float | Temperature:
             "Write e.g. temperature=dict(type='mmstructkd.LearnableTemperature')."
         )
     kind = value['type']
-    if isinstance(kind, str) and MODELS.get(kind) is None:
+    if not callable(kind) and (not isinstance(kind, str) or look_up(MODELS, kind) is None):
         known = [
             name for name, cls in MODELS.module_dict.items() if isinstance(cls, type) and issubclass(cls, Temperature)
         ]
         check_one_of(owner, "temperature['type']", kind, [f'mmstructkd.{name}' for name in known])
     try:
         built = MODELS.build(dict(value))
-    except (TypeError, ValueError) as err:
+    except Exception as err:  # whatever a temperature of others trips over
         raise ConfigError(f'{owner}: `temperature` cannot be built. {err}') from err
     if not isinstance(built, Temperature):
         raise ConfigError(

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from mmstructkd.errors import check_positive
 from mmstructkd.registry import MODELS
-from mmstructkd.temperatures.base import Softened, Temperature
+from mmstructkd.temperatures.base import Softened, Temperature, check_temperature_range
 
 __all__ = ['ConstantTemperature']
 
@@ -16,10 +15,10 @@ class ConstantTemperature(Temperature):
     """The same temperature throughout, as if the loss were given the number.
 
     Args:
-        value: above 0.
+        value: from 0.001 to 1000.
 
     Raises:
-        ConfigError: ``value`` is not above 0.
+        ConfigError: ``value`` is out of range.
 
     Example:
         >>> import torch
@@ -29,7 +28,7 @@ class ConstantTemperature(Temperature):
 
     def __init__(self, value: float = 1.0) -> None:
         super().__init__()
-        check_positive(type(self).__name__, 'value', value)
+        check_temperature_range(type(self).__name__, 'value', value)
         self.value = float(value)
 
     def forward(

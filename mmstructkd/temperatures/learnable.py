@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from mmstructkd.errors import check_finite_number, check_positive
 from mmstructkd.functional.softening import scale_gradient
 from mmstructkd.registry import MODELS
-from mmstructkd.temperatures.base import Progress, Softened, Temperature
+from mmstructkd.temperatures.base import Progress, Softened, Temperature, check_temperature_range
 
 __all__ = ['LearnableTemperature']
 
@@ -38,7 +38,7 @@ class LearnableTemperature(Temperature):
     The gradient reaches :math:`\theta` and both networks' scores as they come.
 
     Args:
-        low: :math:`T_0`, the lowest temperature, above 0.
+        low: :math:`T_0`, the lowest temperature, from 0.001; with ``span`` at most 1000.
         span: s, above 0.
         init: initial :math:`\theta`; 1 gives 15.6.
         begin: first iteration or epoch of the curriculum.
@@ -69,10 +69,11 @@ class LearnableTemperature(Temperature):
     ) -> None:
         super().__init__()
         owner = type(self).__name__
-        check_positive(owner, 'low', low)
+        check_temperature_range(owner, 'low', low)
         check_positive(owner, 'span', span)
+        check_temperature_range(owner, 'low + span', low + span)
         check_finite_number(owner, 'init', init)
-        self.low, self.span, self.by_epoch = float(low), float(span), bool(by_epoch)
+        self.low, self.span, self.by_epoch = float(low), float(span), by_epoch
         self.progress = Progress(owner, begin, end, share=PUBLISHED_SHARE)
         self.theta = nn.Parameter(torch.tensor(float(init)))
 

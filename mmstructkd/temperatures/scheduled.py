@@ -6,9 +6,9 @@ import math
 
 from torch import Tensor
 
-from mmstructkd.errors import check_one_of, check_positive
+from mmstructkd.errors import check_one_of
 from mmstructkd.registry import MODELS
-from mmstructkd.temperatures.base import Progress, Softened, Temperature
+from mmstructkd.temperatures.base import Progress, Softened, Temperature, check_temperature_range
 
 __all__ = ['ScheduledTemperature']
 
@@ -25,8 +25,8 @@ class ScheduledTemperature(Temperature):
     which the distiller's hook tells, so a resumed run goes on with the right one.
 
     Args:
-        start: temperature at ``begin``, above 0.
-        final: temperature at ``end``, above 0.
+        start: temperature at ``begin``, from 0.001 to 1000.
+        final: temperature at ``end``, from 0.001 to 1000.
         shape: ``'linear'``, ``'cosine'`` or ``'exponential'``.
         begin: first iteration or epoch of the window.
         end: the one after its last; ``None``: the end of training.
@@ -55,10 +55,10 @@ class ScheduledTemperature(Temperature):
     ) -> None:
         super().__init__()
         owner = type(self).__name__
-        check_positive(owner, 'start', start)
-        check_positive(owner, 'final', final)
+        check_temperature_range(owner, 'start', start)
+        check_temperature_range(owner, 'final', final)
         check_one_of(owner, 'shape', shape, SHAPES)
-        self.start, self.final, self.shape, self.by_epoch = float(start), float(final), shape, bool(by_epoch)
+        self.start, self.final, self.shape, self.by_epoch = float(start), float(final), shape, by_epoch
         self.progress = Progress(owner, begin, end)
 
     def set_progress(self, step: int, last: int) -> None:

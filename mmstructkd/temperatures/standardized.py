@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from mmstructkd.errors import check_positive
 from mmstructkd.functional.softening import standardize_logits
 from mmstructkd.registry import MODELS
-from mmstructkd.temperatures.base import Softened, Temperature
+from mmstructkd.temperatures.base import Softened, Temperature, check_temperature_range
 
 __all__ = ['StandardizedTemperature']
 
@@ -24,10 +23,10 @@ class StandardizedTemperature(Temperature):
     spread.
 
     Args:
-        value: temperature of the standardised scores, above 0.
+        value: temperature of the standardised scores, from 0.001 to 1000.
 
     Raises:
-        ConfigError: ``value`` is not above 0.
+        ConfigError: ``value`` is out of range.
 
     Example:
         >>> import torch
@@ -41,7 +40,7 @@ class StandardizedTemperature(Temperature):
 
     def __init__(self, value: float = 2.0) -> None:
         super().__init__()
-        check_positive(type(self).__name__, 'value', value)
+        check_temperature_range(type(self).__name__, 'value', value)
         self.value = float(value)
 
     def forward(

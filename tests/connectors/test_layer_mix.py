@@ -114,7 +114,11 @@ def test_other_widths_and_sizes_of_the_student():
 @pytest.mark.parametrize(
     ('widths', 'arguments', 'message'),
     [
-        ([4, 8], {}, r'the layers of the teacher must share one width, got \[4, 8\]. Tap blocks of one stage'),
+        (
+            [4, 8],
+            {},
+            r'`out_channels`: the layers of the teacher must share one width, got \[4, 8\]. Tap blocks of one stage',
+        ),
         ([4, 4], {'entropy_floor': 1.5}, r'`entropy_floor` must be a share in \[0, 1\], got 1.5'),
         ([4, 4], {'entropy_floor': -1}, r'`entropy_floor` must be a finite number of at least 0, got -1'),
         ([4, 4], {'weights': [1]}, r'`weights` must be 2 numbers .* or 1 rows of them, got \[1\]'),

@@ -75,8 +75,8 @@ def test_only_what_asks_for_the_teacher_gets_it():
     [
         ([], r'`connectors` must be a list of at least one config, got \[\]'),
         ({'type': 'mmstructkd.ConvConnector'}, r'`connectors` must be a list of at least one config, got \{'),
-        ([{'kernel_size': 1}], r'`connector` must be a dict with a `type`, got'),
-        (['mmstructkd.ConvConnector'], r'`connector` must be a dict with a `type`, got'),
+        ([{'kernel_size': 1}], r'`connectors.0.` must be a dict with a `type`, got'),
+        (['mmstructkd.ConvConnector'], r'`connectors.0.` must be a dict with a `type`, got'),
         ([{'type': 'mmstructkd.PolConnector'}], r"got 'mmstructkd.PolConnector'. Did you mean 'PoolConnector'"),
         ([{'type': 'mmstructkd.ConvConnector', 'size': 1}], r"cannot be built. .*'size'"),
     ],

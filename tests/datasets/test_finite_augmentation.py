@@ -103,7 +103,7 @@ def test_an_image_that_is_dropped_stays_dropped() -> None:
 
 @pytest.mark.parametrize(
     ('changes', 'message'),
-    [(dict(views=0), '`views` must be a whole number of at least 1, got 0'), (dict(seed=-1), '`seed` must be')],
+    [(dict(views=0), '`views` must be an integer of at least 1, got 0'), (dict(seed=-1), '`seed` must be')],
 )
 def test_refuses(changes: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):

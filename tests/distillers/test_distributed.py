@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from mmstructkd.compat import read_checkpoint
+from mmstructkd.checkpoints import read_checkpoint
 from mmstructkd.testing import toy_config, toy_distiller, toy_segmentor, toy_terms
 
 ROOT = Path(__file__).parents[2]
@@ -42,7 +42,6 @@ def without_batch_statistics(width: int) -> dict:
 def config(folder: Path, batch_size: int) -> Path:
     """Write the config of a run."""
     terms = toy_terms()
-    terms['holistic']['loss']['critic']['batch_norm'] = False
     terms['late'] = dict(toy_terms()['feature'], schedule=dict(type='constant', begin=2))  # silent at first
     student, teacher = without_batch_statistics(4), without_batch_statistics(8)
     model = toy_distiller(student=student, teacher=dict(config=teacher, allow_random=True), terms=terms)

@@ -17,7 +17,7 @@ from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from mmseg.apis import init_model
 
-from mmstructkd.compat import read_checkpoint
+from mmstructkd.checkpoints import read_checkpoint
 from mmstructkd.registry import MODELS
 from mmstructkd.testing import toy_config, toy_depth_estimator, toy_detector, toy_distiller
 

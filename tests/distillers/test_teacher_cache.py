@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import json
 import pickle
+import random
 import subprocess
 import sys
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,10 +20,11 @@ from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
-from mmstructkd.compat import read_checkpoint
+from mmstructkd.checkpoints import read_checkpoint
 from mmstructkd.distillers import FrozenTeacher, StructuredDistiller
 from mmstructkd.distillers.loading import build_network
-from mmstructkd.distillers.tap_store import TapStore, narrow, widen
+from mmstructkd.distillers.tap_store import MAGIC, Narrow, TapStore, narrow, widen
+from mmstructkd.distillers.teacher_cache import TeacherCache
 from mmstructkd.errors import CheckpointError, ConfigError
 from mmstructkd.registry import MODELS
 from mmstructkd.taps import Tap
@@ -219,6 +223,209 @@ def test_a_damaged_file_is_absent(damage: str, weights: str, folder: Path, tmp_p
     assert not (tmp_path / 'ran').exists()
 
 
+JUNK = [None, True, -1, 0, 1, 2, 3, 7, 300, 2**31, 2**63, 10**400, -0.5, 0.0, 1.5, 4.0, 1e300, float('nan')]
+JUNK += [float('inf'), '', 'float32', 'float16', 'uint8', 'int16', 'int64', 'bool', [], {}, [1], [[1]], {'a': 1}]
+
+
+def places_of(value: Any, path: tuple = ()) -> Iterator[tuple]:
+    """Every place in nested lists and dicts."""
+    for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+        yield (*path, key)
+        yield from places_of(value[key], (*path, key))
+
+
+def mutated(head: dict, generator: random.Random) -> dict:
+    """Another head: one entry replaced, dropped, doubled or swapped with its neighbour."""
+    head = copy.deepcopy(head)
+    *path, key = generator.choice([place for place in places_of(head) if place[0] != 'about'])
+    holder: Any = head
+    for step in path:
+        holder = holder[step]
+    action = generator.choice(['junk', 'junk', 'junk', 'drop', 'double', 'swap', 'more', 'less'])
+    number = isinstance(holder[key], int)
+    if action == 'drop':
+        del holder[key]
+    elif action == 'double' and isinstance(holder, list):
+        holder.insert(key, copy.deepcopy(holder[key]))
+    elif action == 'swap' and isinstance(holder, list):
+        holder[key], holder[key - 1] = holder[key - 1], holder[key]
+    elif action in ('more', 'less') and number:
+        holder[key] = holder[key] * 2 if action == 'more' else holder[key] // 2
+    else:
+        holder[key] = copy.deepcopy(generator.choice(JUNK))
+    return head
+
+
+def written(head: Any, body: bytes, *, right: bool = True) -> bytes:
+    """A file of that content whose checksum is right (or that of the arrays alone)."""
+    checksum = zlib.crc32(body, zlib.crc32(json.dumps(head).encode()) if right else 0)
+    whole = {**head, 'checksum': checksum} if isinstance(head, dict) else head
+    return MAGIC + json.dumps(whole).encode() + b'\n' + body
+
+
+def parts_of(path: Path) -> tuple[dict, bytes]:
+    content = path.read_bytes()
+    end = content.index(b'\n', len(MAGIC))
+    head = json.loads(content[len(MAGIC) : end])
+    head.pop('checksum')
+    return head, content[end + 1 :]
+
+
+@pytest.mark.parametrize('known', [True, False], ids=['seen', 'fresh'])
+@pytest.mark.parametrize('topk', [None, 3])
+def test_a_crafted_file_is_absent(topk: int | None, known: bool, weights: str, folder: Path) -> None:
+    """300 heads that say something else, each with a checksum that is right: nothing raises, no shape is wrong."""
+    options = {} if topk is None else dict(topk={'decode_head.conv_seg': topk})
+    teacher, data = build(weights, folder, **options), batch('a')
+    expected = show(teacher, data)
+    originals = {path: path.read_bytes() for path in files(folder)}
+    generator, absent = random.Random(0), 0
+    for round in range(300):
+        path = generator.choice(sorted(originals))
+        head, body = parts_of(path)
+        assert written(head, body) == originals[path]
+        path.write_bytes(written(mutated(head, generator), body))
+        if not known:  # nothing but a probe has been seen
+            teacher.cache = TeacherCache(str(folder), check=0, **options)
+            teacher.probe(torch.zeros(1, 3, 64, 128), None, [LOGITS, FEATURE])
+        misses = teacher.cache.misses
+        seen = show(teacher, data)
+        assert [tensor.shape for tensor in seen] == [tensor.shape for tensor in expected], round
+        absent += teacher.cache.misses - misses
+        if teacher.cache.misses > misses:
+            assert all(torch.equal(one, two) for one, two in zip(seen, expected, strict=True))
+        for one, content in originals.items():
+            one.write_bytes(content)
+    # the rest are heads that came out the same, or a power of two as the scale
+    assert absent > 250
+
+
+@pytest.mark.parametrize(
+    'content',
+    [
+        b'[]',
+        b'{}',
+        b'null',
+        b'7',
+        b'"text"',
+        b'[' * 100_000,
+        b'{"tensors": 1, "bytes": 0, "checksum": 0}',
+        b'1' * 5000,
+        b'\xff\xfe',
+    ],
+    ids=range(9),
+)
+def test_a_head_that_is_none_is_absent(content: bytes, weights: str, folder: Path) -> None:
+    teacher = build(weights, folder)
+    expected = show(teacher, batch('a'), taps=(LOGITS,))[0]
+    (path,) = files(folder)
+    path.write_bytes(MAGIC + content + b'\n')
+    with runs(teacher) as seen:
+        assert torch.equal(show(teacher, batch('a'), taps=(LOGITS,))[0], expected)
+    assert seen == [1]
+
+
+@pytest.mark.parametrize('place', [-1, 10, 30_000])
+def test_classes_that_do_not_exist_are_absent(place: int, weights: str, folder: Path) -> None:
+    teacher = build(weights, folder, topk={'decode_head.conv_seg': 3})
+    expected = show(teacher, batch('a'), taps=(LOGITS,))[0]
+    (path,) = files(folder)
+    (stored,) = teacher.cache.store.read(path.stem)
+    places = stored.arrays[1].to(torch.int16)
+    places[0, 0, 0, 0] = place
+    crafted = Narrow((stored.arrays[0], places, stored.arrays[2]), stored.scale, stored.classes)
+    teacher.cache.store.write(path.stem, [crafted], {})
+    with runs(teacher) as seen:
+        assert torch.equal(show(teacher, batch('a'), taps=(LOGITS,))[0], expected)
+    assert seen == [1]
+
+
+@pytest.mark.parametrize('known', [True, False], ids=['seen', 'fresh'])
+@pytest.mark.parametrize(
+    'shape', [(1, 10, 8, 6), (1, 10, 3, 16), (1, 5, 6, 8), (1, 10, 48), (2, 10, 6, 8), (1, 10, 6, 9), (1, 10, 7, 8)]
+)
+def test_whole_files_of_other_shapes_are_absent(
+    shape: tuple[int, ...], known: bool, weights: str, folder: Path
+) -> None:
+    teacher = build(weights, folder)
+    expected = show(teacher, batch('a', 'b'), taps=(LOGITS,))[0]
+    assert expected.shape == (2, 10, 6, 8)
+    path = files(folder)[0]
+    teacher.cache.store.write(path.stem, [Narrow((torch.zeros(shape).half(),))], {})
+    teacher = teacher if known else build(weights, folder)
+    with runs(teacher) as seen:
+        assert torch.equal(show(teacher, batch('a', 'b'), taps=(LOGITS,))[0], expected)
+        show(teacher, batch('a', 'b'), taps=(LOGITS,))
+    assert seen in ([1], [2])  # where two files differ neither is believed
+    for stored in ([], [narrow(torch.zeros(1, 10, 6, 8), 'fp16')] * 2, [narrow(torch.zeros(1, 10, 6, 8), 'fp32')]):
+        teacher.cache.store.write(path.stem, stored, {})
+        assert torch.equal(show(teacher, batch('a', 'b'), taps=(LOGITS,))[0], expected)
+
+
+def plausible(weights: str, folder: Path, *names: str) -> FrozenTeacher:
+    """A fresh teacher that was probed at a small size, and files of a shape that it may take for right."""
+    show(build(weights, folder), batch(*names, size=(50, 70)), taps=(LOGITS,))
+    fresh = build(weights, folder)
+    fresh.probe(torch.zeros(1, 3, 16, 24), None, [LOGITS, FEATURE])
+    for path in files(folder):
+        fresh.cache.store.write(path.stem, [narrow(torch.zeros(1, 10, 6, 8), 'fp16')], {})
+    return fresh
+
+
+def test_files_that_agree_on_a_shape_yield_to_a_run(weights: str, folder: Path) -> None:
+    """What is known to be wrong as soon as one image is computed is computed as well."""
+    fresh = plausible(weights, folder, 'a', 'b')
+    with runs(fresh) as seen:
+        shown = show(fresh, batch('a', 'b', 'c', size=(50, 70)), taps=(LOGITS,))[0]
+    assert seen == [1, 3]
+    assert shown.shape == (3, 10, 7, 9)
+    assert all(image.any() for image in shown)
+
+
+def test_a_process_that_compares_finds_other_shapes(weights: str, folder: Path) -> None:
+    fresh = plausible(weights, folder, 'a')
+    fresh.cache._checks = 1
+    shown = show(fresh, batch('a', size=(50, 70)), taps=(LOGITS,))[0]
+    assert shown.shape == (1, 10, 7, 9)
+    assert torch.equal(shown, show(build(weights, folder), batch('a', size=(50, 70)), taps=(LOGITS,))[0])
+
+
+@pytest.mark.parametrize('wanted', ['seen', 'fresh'])
+def test_inputs_of_many_sizes_are_found_again(wanted: str, weights: str, folder: Path) -> None:
+    """Nothing that is right is turned away: of maps, not even before the first run."""
+    teacher = build(weights, folder)
+    sizes = [(48, 64), (50, 70), (64, 64), (33, 97), (96, 40)]
+    for size in sizes:
+        show(teacher, batch('a', size=size))
+    teacher = teacher if wanted == 'seen' else build(weights, folder)
+    with runs(teacher) as seen:
+        for size in sizes:
+            show(teacher, batch('a', size=size))
+    assert not seen
+
+
+def test_the_head_is_covered_by_the_checksum(weights: str, folder: Path) -> None:
+    teacher = build(weights, folder)
+    expected = show(teacher, batch('a'), taps=(LOGITS,))[0]
+    (path,) = files(folder)
+    head, body = parts_of(path)
+    head['tensors'][0]['scale'] = 2.0
+    path.write_bytes(written(head, body, right=False))
+    assert torch.equal(show(teacher, batch('a'), taps=(LOGITS,))[0], expected)
+    assert teacher.cache.misses == 2
+
+
+@pytest.mark.parametrize('classes', [5, 256, 257, 40_000])
+def test_any_number_of_classes(classes: int, folder: Path) -> None:
+    logits = torch.randn(1, classes, 2, 3)
+    logits[:, -1] = 9.0
+    store = TapStore(str(folder), 1.0)
+    store.write('ab' * 20, [narrow(logits, 'fp32', topk=2)], {})
+    (stored,) = store.read('ab' * 20)
+    assert stored.shape == (1, classes, 2, 3)
+    assert torch.equal(widen(stored, CPU).topk(2, dim=1).indices, logits.topk(2, dim=1).indices)
+
+
 class Payload:
     """Runs code when it is unpickled."""
 
@@ -281,7 +488,8 @@ def test_a_full_disk_is_no_reason_to_stop(weights: str, folder: Path, monkeypatc
 
 WRITER = """
 import sys, torch
-from mmstructkd.distillers.tap_store import TapStore, narrow, widen
+from mmstructkd.distillers.tap_store import MAGIC, Narrow, TapStore, narrow, widen
+from mmstructkd.distillers.teacher_cache import TeacherCache
 store = TapStore(sys.argv[1], 1.0)
 for round in range(30):
     for number in range(5):

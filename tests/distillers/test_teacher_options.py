@@ -13,8 +13,8 @@ from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from torch import nn
 
-from mmstructkd.compat import read_checkpoint
-from mmstructkd.distillers import FrozenTeacher, StructuredDistiller, execution
+from mmstructkd.checkpoints import read_checkpoint
+from mmstructkd.distillers import FrozenTeacher, StructuredDistiller, execution, teacher
 from mmstructkd.distillers.folding import fold_batch_norm
 from mmstructkd.distillers.loading import build_network
 from mmstructkd.errors import ConfigError, TapError
@@ -204,14 +204,6 @@ def test_low_precision_is_the_teachers_alone(name: str, dtype: torch.dtype, weig
     assert all(value.dtype == torch.float32 for key, value in losses.items() if key.startswith('loss_kd'))
 
 
-def test_under_amp_the_teacher_follows_unless_told(weights: str) -> None:
-    plain, full = build(weights), build(weights, dtype='fp32')
-    expected = outputs(plain)[LOGITS][0]
-    with torch.autocast('cpu', torch.bfloat16):
-        assert outputs(plain)[LOGITS][0].dtype == torch.bfloat16
-        assert torch.equal(outputs(full)[LOGITS][0], expected)
-
-
 @pytest.fixture
 def traced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Trace as the compiler does, without making machine code, and note each program."""
@@ -228,6 +220,36 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(torch, 'compile', compiled)
     yield made
     torch._dynamo.reset()
+
+
+def test_under_amp_the_teacher_follows_unless_told(weights: str) -> None:
+    plain, full = build(weights), build(weights, dtype='fp32')
+    expected = outputs(plain)[LOGITS][0]
+    with torch.autocast('cpu', torch.bfloat16):
+        followed = outputs(plain)[LOGITS][0]
+        assert torch.equal(followed, followed.bfloat16().float())
+        assert not torch.equal(followed, expected)
+        assert torch.equal(outputs(full)[LOGITS][0], expected)
+
+
+@pytest.mark.parametrize('options', [{}, dict(compile=True), dict(cache={}), dict(fuse_conv_bn=True)], ids=str)
+@pytest.mark.parametrize('low', [torch.bfloat16, torch.float16])
+def test_what_comes_back_is_at_least_float32(
+    low: torch.dtype, options: dict, weights: str, tmp_path: Path, traced: list[str]
+) -> None:
+    """Whatever the student runs in, compiled or not, from a run or from a file."""
+    if 'cache' in options:
+        options = dict(cache=dict(folder=str(tmp_path / 'cache')))
+    model = build(weights, **options)
+    with torch.autocast('cpu', low):
+        for _ in range(2):
+            seen = outputs(model)
+            assert {tensor.dtype for tensors in seen.values() for tensor in tensors} == {torch.float32}
+    assert bool(traced) == ('compile' in options)
+    model.double()
+    batch = toy_batch()
+    seen = model.teacher.observe(batch['inputs'].double(), batch['data_samples'], [LOGITS])
+    assert seen[LOGITS][0].dtype == (torch.float32 if 'cache' in options else torch.float64)
 
 
 def test_compiled_is_the_same_teacher(weights: str, traced: list[str]) -> None:
@@ -363,15 +385,48 @@ def test_every_goes_on_exactly_after_a_resume(weights: str, tmp_path: Path) -> N
     [
         (dict(dtype='bf61'), "`dtype` must be one of .*got 'bf61'. Did you mean 'bf16'"),
         (dict(every=0), '`every` must be a whole number of at least 1, got 0'),
-        (dict(every=1.5), 'got 1.5'),
+        (dict(every=1.5), '`every` must be a whole number of at least 1, got 1.5'),
         (dict(compile='yes'), "`compile` must be True or False, got 'yes'"),
         (dict(channels_last=1), '`channels_last` must be True or False, got 1'),
         (dict(fuse_conv_bn='yes'), "`fuse_conv_bn` must be True or False, got 'yes'"),
+        (dict(compile=dict(mode='default')), "`compile` must be True or False, got {'mode': 'default'}"),
+        (dict(compile=None), '`compile` must be True or False, got None'),
+        (dict(compile=1), '`compile` must be True or False, got 1'),
+        (dict(dtype=torch.bfloat16), '`dtype` must be one of .*got torch.bfloat16'),
+        (dict(dtype=['bf16']), r"`dtype` must be one of .*got \['bf16'\]"),
+        (dict(dtype=16), '`dtype` must be one of .*got 16'),
+        (dict(channels_last='auto'), "`channels_last` must be True or False, got 'auto'"),
+        (dict(every=True), '`every` must be a whole number of at least 1, got True'),
+        (dict(every='2'), "`every` must be a whole number of at least 1, got '2'"),
+        (dict(every=None), '`every` must be a whole number of at least 1, got None'),
+        (dict(cache='folder'), "`cache` must be a dict with a `folder`, got 'folder'"),
+        (dict(cache=True), '`cache` must be a dict with a `folder`, got True'),
+        (dict(cache=['folder']), r"`cache` must be a dict with a `folder`, got \['folder'\]"),
+        (dict(cache={}), '`cache` must be a dict with a `folder`, got {}'),
+        (dict(cache=dict(folder=None)), '`cache.folder` must be the path of a folder, got None'),
+        (dict(cache=dict(folder='')), "`cache.folder` must be the path of a folder, got ''"),
+        (dict(cache=dict(folder=3)), '`cache.folder` must be the path of a folder, got 3'),
+        (dict(cache=dict(folder='a\0b')), '`cache.folder` must be the path of a folder, got'),
+        (dict(cache=dict(folder=b'cache')), "`cache.folder` must be the path of a folder, got b'cache'"),
+        (dict(cache=dict(folder='unused', topk=3)), '`cache.topk` must be a dict of numbers by tap, got 3'),
+        (dict(cache=dict(folder='unused', topk=['a'])), r"`cache.topk` must be a dict of numbers by tap, got \['a'\]"),
+        (dict(cache=dict(folder='unused', topk={3: 1})), '`cache.topk`: `tap` must read .*got 3'),
+        (dict(cache=dict(folder='unused', topk={'a': '3'})), "`cache.topk` must give a number of .*'a': '3'"),
+        (dict(cache=dict(folder='unused', max_gb='5')), "`cache.max_gb` must be a finite number above 0, got '5'"),
+        (dict(cache=dict(folder='unused', check=1.5)), '`cache.check` must be a whole number of at least 0, got 1.5'),
+        (dict(cache=dict(folder='unused', tolerance='a')), "`cache.tolerance` must be a finite number .*got 'a'"),
+        (dict(cache=dict(folder='unused', dtype=torch.half)), '`cache.dtype` must be one of .*got torch.float16'),
+        ({'cache': {'folder': 'unused', 3: 4}}, '`cache` must have only the keys .*got 3'),
     ],
 )
-def test_refuses(options: dict, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
+def test_refuses_before_anything_is_built(
+    options: dict, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(teacher, 'build_network', None)  # calling it would fail
+    with pytest.raises(ConfigError, match=f'^FrozenTeacher: {message}'):
         FrozenTeacher(toy_segmentor(8), allow_random=True, **options)
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_unknown_option_is_an_error_of_the_config(weights: str) -> None:

@@ -11,7 +11,7 @@ import torch
 from mmengine.runner import Runner
 from torch import nn
 
-from mmstructkd.compat import read_checkpoint
+from mmstructkd.checkpoints import read_checkpoint
 from mmstructkd.distillers.schedule import WeightSchedule
 from mmstructkd.hooks import TermScheduleHook
 from mmstructkd.temperatures import LearnableTemperature

@@ -27,13 +27,16 @@ def test_default_temperature():
     torch.testing.assert_close(ChannelwiseKLLoss()(student, teacher), reference.channelwise_kl(student, teacher, 4.0))
 
 
-def test_labels_and_mask_leave_positions_out():
+@pytest.mark.parametrize('where', ['inside', 'labelled'])
+def test_labels_and_mask_leave_positions_out(where):
     student, teacher = pair()
     labels = torch.randint(0, 4, (3, 4, 10))
     labels[1, :, :5] = 9
     valid = torch.rand(3, 4, 10) > 0.2
-    got = ChannelwiseKLLoss()(student, teacher, Targets(labels=labels, valid=valid, ignore_index=9))
-    counts = reference.nearest(valid & (labels != 9), (2, 5))
+    loss = ChannelwiseKLLoss()
+    loss.restrict(where)
+    got = loss(student, teacher, Targets(labels=labels, valid=valid, ignore_index=9))
+    counts = reference.nearest(valid if where == 'inside' else valid & (labels != 9), (2, 5))
     torch.testing.assert_close(got, reference.channelwise_kl(student, teacher, 4.0, counts))
 
 

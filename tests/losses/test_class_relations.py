@@ -38,6 +38,11 @@ def targets():
     return Targets(labels=labels, valid=valid, ignore_index=9, num_classes=4)
 
 
+def labelled(loss):
+    loss.restrict('labelled')
+    return loss
+
+
 def on_map(given):
     labels = given.labels[:, ::4, ::4]
     return labels, given.valid[:, ::4, ::4] & (labels != 9)
@@ -56,10 +61,19 @@ def test_interclass_takes_the_classes_that_are_there(present):
         'labels': present_classes(labels, 4, valid=valid),
     }
     want = interclass_similarity_loss(student, teacher, present=some.get(present), valid=valid)
-    got = InterclassSimilarityLoss(2.0, present=present)(student, teacher, given)
+    got = labelled(InterclassSimilarityLoss(2.0, present=present))(student, teacher, given)
     torch.testing.assert_close(got, 2 * want)
     every = interclass_similarity_loss(student, teacher, valid=valid)
     assert torch.isclose(want, every) == (present == 'all')
+
+
+def test_the_ignored_label_is_no_class_though_its_pixels_count():
+    student, teacher = pair()
+    labels = torch.tensor([0, 1, 3]).repeat(2, 5, 1).mT
+    given = Targets(labels=labels, ignore_index=3)
+    some = torch.tensor([[True, True, False, False]]).expand(2, -1)
+    got = InterclassSimilarityLoss(2.0, present='labels')(student, teacher, given)
+    torch.testing.assert_close(got, 2 * interclass_similarity_loss(student, teacher, present=some))
 
 
 def test_interclass_defaults_and_preset():
@@ -91,7 +105,7 @@ def test_category_equals_its_function():
     given = targets()
     _, valid = on_map(given)
     want = category_similarity_loss(student, teacher, temperature=2.0, kernel_size=(1, 2), valid=valid)
-    got = CategorySimilarityLoss(3.0, temperature=2.0, kernel_size=(1, 2))(student, teacher, given)
+    got = labelled(CategorySimilarityLoss(3.0, temperature=2.0, kernel_size=(1, 2)))(student, teacher, given)
     torch.testing.assert_close(got, 3 * want)
     torch.testing.assert_close(
         CategorySimilarityLoss()(student, teacher), 10 * category_similarity_loss(student, teacher)
@@ -104,7 +118,7 @@ def test_pixel_similarity_equals_its_function():
     student, teacher = pair()
     given = targets()
     _, valid = on_map(given)
-    got = PixelSimilarityLoss()(student, teacher, given)
+    got = labelled(PixelSimilarityLoss())(student, teacher, given)
     torch.testing.assert_close(got, 0.1 * pixel_similarity_loss(student, teacher, valid=valid))
 
 
@@ -148,6 +162,6 @@ def test_variation_refuses():
         IntraClassVariationLoss(num_classes=4)(*pair())
     with pytest.raises(ConfigError, match='`num_classes` must be given where the task does not tell it'):
         IntraClassVariationLoss()(*pair(), Targets(labels=torch.zeros(2, 3, 5, dtype=torch.long)))
-    with pytest.raises(ConfigError, match='`num_classes` must be a finite number above 0, got 0'):
+    with pytest.raises(ConfigError, match='`num_classes` must be an integer of at least 1, got 0'):
         IntraClassVariationLoss(num_classes=0)
     assert not IntraClassVariationLoss.needs_equal_channels

@@ -121,11 +121,11 @@ def test_missing_boxes():
 def test_bad_arguments():
     with pytest.raises(ConfigError, match="LocalizationKLLoss: `region` must be one of .*, got 'box'"):
         LocalizationKLLoss(region='box')
-    with pytest.raises(ConfigError, match='LocalizationKLLoss: `edges` must be an integer above 0, got 0'):
+    with pytest.raises(ConfigError, match='LocalizationKLLoss: `edges` must be an integer of at least 1, got 0'):
         LocalizationKLLoss(edges=0)
     with pytest.raises(ConfigError, match='LocalizationKLLoss: `threshold` must be a finite number'):
         LocalizationKLLoss(threshold=-1)
-    with pytest.raises(ConfigError, match='BinaryKLLoss: `anchors` must be an integer above 0, got 1.0'):
+    with pytest.raises(ConfigError, match='BinaryKLLoss: `anchors` must be an integer of at least 1, got 1.0'):
         BinaryKLLoss(anchors=1.0)
     with pytest.raises(ConfigError, match="BinaryKLLoss: `normalizer` must be one of .*, got 'sum'"):
         BinaryKLLoss(normalizer='sum')

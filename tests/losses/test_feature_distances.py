@@ -59,13 +59,17 @@ def test_equals_reference(loss, settings, want):
 
 
 @every
-def test_labels_and_mask_leave_positions_out(loss, settings, want):
+@pytest.mark.parametrize('where', ['inside', 'labelled'])
+def test_labels_and_mask_leave_positions_out(loss, settings, want, where):
     student, teacher = pair()
     labels = torch.randint(0, 4, (3, 4, 10))
     labels[1, :, :5] = 9
     valid = torch.rand(3, 4, 10) > 0.2
-    got = loss(**settings)(student, teacher, Targets(labels=labels, valid=valid, ignore_index=9))
-    torch.testing.assert_close(got, want(student, teacher, nearest(valid & (labels != 9), (2, 5))))
+    built = loss(**settings)
+    built.restrict(where)
+    got = built(student, teacher, Targets(labels=labels, valid=valid, ignore_index=9))
+    counts = valid if where == 'inside' else valid & (labels != 9)
+    torch.testing.assert_close(got, want(student, teacher, nearest(counts, (2, 5))))
 
 
 @every

@@ -30,11 +30,18 @@ def counts(targets):
     return targets.valid & (targets.labels != targets.ignore_index)
 
 
+def on_labelled(loss):
+    loss.restrict('labelled')
+    return loss
+
+
 def test_dist():
     student, teacher, targets = data()
-    got = DistLoss(3.0, inter_weight=0.5, intra_weight=2.0, temperature=1.5)(student, teacher, targets)
-    want = reference.dist(student, teacher, 0.5, 2.0, 1.5, counts(targets))
-    torch.testing.assert_close(got, 3 * want)
+    loss = DistLoss(3.0, inter_weight=0.5, intra_weight=2.0, temperature=1.5)
+    got = loss(student, teacher, targets)
+    torch.testing.assert_close(got, 3 * reference.dist(student, teacher, 0.5, 2.0, 1.5, targets.valid))
+    got = on_labelled(loss)(student, teacher, targets)
+    torch.testing.assert_close(got, 3 * reference.dist(student, teacher, 0.5, 2.0, 1.5, counts(targets)))
     torch.testing.assert_close(DistLoss()(student, teacher), reference.dist(student, teacher, 1.0, 1.0, 1.0))
 
 
@@ -84,11 +91,13 @@ def test_the_teachers_class_stands_in_for_labels(kind):
     student, teacher, targets = data()
     own = Targets(labels=teacher.argmax(1), valid=counts(targets))
     want = kind()(student, teacher, own)
-    torch.testing.assert_close(kind(target='teacher')(student, teacher, targets), want)
+    torch.testing.assert_close(on_labelled(kind(target='teacher'))(student, teacher, targets), want)
+    everywhere = Targets(labels=teacher.argmax(1), valid=targets.valid)
+    torch.testing.assert_close(kind(target='teacher')(student, teacher, targets), kind()(student, teacher, everywhere))
     torch.testing.assert_close(kind(target='teacher')(student, teacher, Targets(valid=counts(targets))), want)
     # A class with the number of the ignored label counts like any other.
     odd = Targets(labels=torch.where(counts(targets), 0, 1), ignore_index=1)
-    torch.testing.assert_close(kind(target='teacher')(student, teacher, odd), want)
+    torch.testing.assert_close(on_labelled(kind(target='teacher'))(student, teacher, odd), want)
     with pytest.raises(
         ConfigError, match=r"`targets\.labels` must be a map of the batch for target='labels', got None"
     ):
@@ -151,7 +160,7 @@ def test_teacher_of_the_same_classes_in_another_order(kind):
 
 def test_classes_the_teacher_does_not_know_are_left_out():
     student, teacher, targets = data()
-    got = PixelwiseKLLoss(class_map=[3, 1])(student, teacher[:, :2], targets)
+    got = on_labelled(PixelwiseKLLoss(class_map=[3, 1]))(student, teacher[:, :2], targets)
     want = divergence.pixelwise_kl(student[:, [1, 3]], teacher[:, [1, 0]], 1.0, counts(targets))
     torch.testing.assert_close(got, want)
     (grad,) = torch.autograd.grad(got, student)

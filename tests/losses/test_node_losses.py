@@ -91,7 +91,7 @@ def test_widths_may_differ_and_bad_nodes_are_refused(shell):
         shell(nodes='cell')
     with pytest.raises(ConfigError, match=f'{shell.__name__}: `grid` must be an integer above 0 or two of them'):
         shell(grid=0)
-    with pytest.raises(ConfigError, match=f'{shell.__name__}: `num_classes` must be a finite number above 0'):
+    with pytest.raises(ConfigError, match=f'{shell.__name__}: `num_classes` must be an integer of at least 1'):
         shell(num_classes=0)
 
 
@@ -161,7 +161,7 @@ def test_smallest_patch_that_fits(size, limit, side):
 
 
 def test_cross_image_refuses():
-    with pytest.raises(ConfigError, match='CrossImageKLLoss: `max_positions` must be an integer above 0, got 0'):
+    with pytest.raises(ConfigError, match='CrossImageKLLoss: `max_positions` must be an integer of at least 1, got 0'):
         CrossImageKLLoss(max_positions=0)
     with pytest.raises(ConfigError, match='CrossImageKLLoss: `temperature` must be a finite number above 0, got 0'):
         CrossImageKLLoss(temperature=0)

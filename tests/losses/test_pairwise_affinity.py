@@ -52,13 +52,17 @@ def test_a_preset_leaves_the_rest_free():
     check(PairwiseAffinityLoss(preset='paper', radius=1), 10, radius=1)
 
 
-def test_labels_and_mask_leave_positions_out():
+@pytest.mark.parametrize('where', ['inside', 'labelled'])
+def test_labels_and_mask_leave_positions_out(where):
     student, teacher = pair()
     labels = torch.randint(0, 4, (2, 5, 4))
     labels[1, :3] = 9
     valid = torch.rand(2, 5, 4) > 0.2
-    got = PairwiseAffinityLoss()(student, teacher, Targets(labels=labels, valid=valid, ignore_index=9))
-    want = reference.pairwise_affinity(student, teacher, valid=valid & (labels != 9))
+    loss = PairwiseAffinityLoss()
+    loss.restrict(where)
+    got = loss(student, teacher, Targets(labels=labels, valid=valid, ignore_index=9))
+    counts = valid if where == 'inside' else valid & (labels != 9)
+    want = reference.pairwise_affinity(student, teacher, valid=counts)
     torch.testing.assert_close(got, want)
 
 
@@ -83,7 +87,7 @@ def test_bad_arguments():
     with pytest.raises(ConfigError, match="'max_side': 4.*preset='paper' fixes another"):
         PairwiseAffinityLoss(max_side=4, preset='paper')
     for bad in (0, 2.0, True):
-        with pytest.raises(ConfigError, match='`max_side` must be an integer above 0, got'):
+        with pytest.raises(ConfigError, match='`max_side` must be an integer of at least 1, got'):
             PairwiseAffinityLoss(max_side=bad)
     with pytest.raises(ConfigError, match=r"'kernel_scale': 0\.5.*preset='code' fixes another"):
         PairwiseAffinityLoss(preset='code', kernel_size=2)

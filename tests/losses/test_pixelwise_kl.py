@@ -16,21 +16,28 @@ def pair():
     return student.clone().requires_grad_(), teacher
 
 
-def test_equals_reference_with_labels_and_mask():
+@pytest.mark.parametrize('where', ['inside', 'labelled'])
+def test_equals_reference_with_labels_and_mask(where):
     student, teacher = pair()
     labels = torch.randint(0, 4, (3, 2, 5))
     labels[1, 0] = 9
     valid = torch.rand(3, 2, 5) > 0.2
     loss = PixelwiseKLLoss(3.0, temperature=2.0)
+    loss.restrict(where)
     got = loss(student, teacher, Targets(labels=labels, valid=valid, ignore_index=9))
-    torch.testing.assert_close(got, 3 * reference.pixelwise_kl(student, teacher, 2.0, valid & (labels != 9)))
+    counts = valid if where == 'inside' else valid & (labels != 9)
+    torch.testing.assert_close(got, 3 * reference.pixelwise_kl(student, teacher, 2.0, counts))
 
 
-def test_labels_alone_are_enough():
+def test_labels_alone_mask_where_only_labelled_pixels_count():
     student, teacher = pair()
     labels = torch.randint(0, 4, (3, 2, 5))
     labels[0] = 255
-    got = PixelwiseKLLoss()(student, teacher, Targets(labels=labels))
+    loss = PixelwiseKLLoss()
+    got = loss(student, teacher, Targets(labels=labels))
+    torch.testing.assert_close(got, reference.pixelwise_kl(student, teacher, 1.0))
+    loss.restrict('labelled')
+    got = loss(student, teacher, Targets(labels=labels))
     torch.testing.assert_close(got, reference.pixelwise_kl(student, teacher, 1.0, labels != 255))
 
 

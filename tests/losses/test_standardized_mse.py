@@ -39,14 +39,16 @@ def test_eps_is_passed_on():
 
 
 @pytest.mark.parametrize('preset', ['nfd', 'pkd'])
-def test_labels_and_mask_leave_positions_out(preset):
+@pytest.mark.parametrize('where', ['inside', 'labelled'])
+def test_labels_and_mask_leave_positions_out(preset, where):
     student, teacher = pair()
     labels = torch.randint(0, 4, (3, 4, 10))
     labels[1, :, :5] = 9
     valid = torch.rand(3, 4, 10) > 0.2
     loss = StandardizedMSELoss(preset=preset)
+    loss.restrict(where)
     got = loss(student, teacher, Targets(labels=labels, valid=valid, ignore_index=9))
-    counts = nearest(valid & (labels != 9), (2, 5))
+    counts = nearest(valid if where == 'inside' else valid & (labels != 9), (2, 5))
     want = reference.standardized_mse(student, teacher, loss.over, counts)
     torch.testing.assert_close(got, want / 2 if preset == 'pkd' else want)
 

@@ -159,7 +159,7 @@ def test_two_processes_hold_the_same(tmp_path):
 
 
 def test_bad_arguments():
-    with pytest.raises(ConfigError, match='ClassQueue: `capacity` must be an integer above 0, got 0'):
+    with pytest.raises(ConfigError, match='ClassQueue: `capacity` must be an integer of at least 1, got 0'):
         ClassQueue(2, 0, 3)
     queue = ClassQueue(2, 4, 3)
     with pytest.raises(ShapeError, match=r'must have shapes \(2, n, 3\) and \(2, n\), got \(2, 5, 4\) and \(2, 5\)'):

@@ -98,9 +98,11 @@ def test_plain_losses_compute_the_same(load: Callable) -> None:
 
 
 def test_no_loss_is_left_out(load: Callable) -> None:
-    """But those of critics, and the one whose plain form is the form itself (an iteration)."""
+    """But those of critics, and those whose plain form is the form itself."""
     losses = {name for name in functional.__all__ if name.endswith('_loss')}
     left = {'adversarial_loss', 'critic_loss', 'wasserstein_contrast_loss', 'sinkhorn_loss'}
+    left |= {'blended_cross_entropy_loss', 'blended_feature_loss', 'bridge_loss', 'covariance_loss'}
+    left |= {'cross_entropy_loss', 'local_learning_loss', 'residual_loss', 'variance_hinge_loss'}
     assert set(load('benchmark_losses').CASES) == losses - left
 
 
@@ -119,6 +121,17 @@ def test_losses_and_their_page(load: Callable, tmp_path: Path) -> None:
     (tmp_path / 'bare.md').write_text('nothing')
     with pytest.raises(ValueError, match='must have the lines <!-- benchmark: begin -->'):
         load('benchmark_report').write_page(tmp_path / 'bare.md', [])
+
+
+def test_what_looking_for_nan_adds(load: Callable, tmp_path: Path) -> None:
+    arguments = ['--check', '--quick', '--pairs', 'pspnet_structkd', 'retinanet_cwd', '--rounds', '2', '--warmup', '1']
+    assert load('benchmark').main([*arguments, '--out', str(tmp_path)]) == 0
+    results = json.loads((tmp_path / 'check_cpu.json').read_text())
+    for entry in results['checks']:
+        assert 0 < entry['check']['median'] < entry['step']['median']
+        assert all(over > 1 for over in entry['ratio']['runs'])
+    assert '| with over without |' in load('benchmark_report').text(results)
+    assert (tmp_path / 'check_cpu.png').stat().st_size > 1000
 
 
 def test_what_options_change(load: Callable, tmp_path: Path) -> None:

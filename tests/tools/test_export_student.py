@@ -17,6 +17,7 @@ from mmengine.config import Config
 from mmengine.runner import Runner
 
 from mmstructkd import compat
+from mmstructkd.checkpoints import read_checkpoint
 from mmstructkd.distillers import student_config
 from mmstructkd.distillers.loading import build_network
 from mmstructkd.registry import MODELS
@@ -88,7 +89,7 @@ def test_loads_into_mmseg_with_every_key(
     assert set(content['meta']) == {'cfg', 'dataset_meta'}
     assert pickled_names(out) <= {'torch', 'torch._utils', 'collections'}
 
-    source = compat.read_checkpoint(run[1])
+    source = read_checkpoint(run[1])
     assert 'ema_state_dict' in source
     assert {'optimizer', 'message_hub', 'mmstructkd'} <= set(source)
     assert list(content['state_dict']) == list(source['state_dict'])
