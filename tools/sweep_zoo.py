@@ -19,6 +19,7 @@ import concurrent.futures
 import copy
 import importlib.util
 import json
+import math
 import os
 import re
 import resource
@@ -36,8 +37,9 @@ from typing import Any
 
 SCOPES = ('mmseg', 'mmdet')
 RESULT = 'SWEEP '
-#: Fractions of the images of training at which a step is tried; the first that the network takes is enough.
+#: Sizes below that of training at which a step is tried first; one that the network takes is enough.
 SMALL = {'seg': ((64, 128), (128, 256)), 'depth': ((64, 128), (128, 256)), 'det': ((128, 192), (256, 320))}
+MIDDLE = ((320, 320), (512, 512))
 BATCH = 2
 
 #: Words of a config's name, from light to heavy: the first that occurs decides.
@@ -195,7 +197,7 @@ def _plain(cfg: Any, report: dict[str, Any]) -> tuple[int, int]:
     from mmengine.model import BaseModel
     from mmengine.registry import MODELS
 
-    from mmstructkd.distillers.batches import input_size, needs_of, synthetic_batch
+    from mmstructkd.distillers.batches import fixed_size, input_size, needs_of, synthetic_batch
     from mmstructkd.distillers.targets import task_of
 
     begin = time.monotonic()
@@ -209,7 +211,8 @@ def _plain(cfg: Any, report: dict[str, Any]) -> tuple[int, int]:
     report['parameters'] = sum(parameter.numel() for parameter in network.parameters())
     report['build_s'] = round(time.monotonic() - begin, 1)
     whole = input_size(cfg, network)
-    sizes = [size for size in SMALL[task_of(network)] if size[0] * size[1] < whole[0] * whole[1]] + [whole]
+    tries = [*SMALL[task_of(network)], fixed_size(network) or whole, *MIDDLE]
+    sizes = sorted({size for size in tries if size[0] * size[1] < whole[0] * whole[1]}, key=math.prod) + [whole]
     needs = needs_of(network, cfg)
     preprocessor = network.data_preprocessor
     for place, size in enumerate(sizes):

@@ -17,7 +17,7 @@ import torch
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
-from mmstructkd.compat import current_config
+from mmstructkd.compat import current_config, without_pretrained
 from mmstructkd.distillers.batches import fixed_size, needs_of, pipeline_size, synthetic_batch
 from mmstructkd.distillers.targets import probe_samples
 from mmstructkd.errors import ConfigError, TapError
@@ -159,22 +159,56 @@ def probe_sizes(networks: Sequence[nn.Module | None]) -> list[tuple[int, int]]:
 
 
 @contextlib.contextmanager
-def _stand_in(network: nn.Module) -> Iterator[nn.Module]:
+def _stand_in(network: nn.Module, *, initialised: bool = False) -> Iterator[nn.Module]:
     """A copy of a network that shares its parameters, in training mode, normalising by what it has stored.
 
-    One image makes no batch statistics, and processes are not waited for. What
-    the copy changes in buffers and attributes is gone with it.
+    One image makes no batch statistics. What the copy changes in buffers and
+    attributes is gone with it. A copy that is ``initialised`` has parameters of
+    its own: a network is built before it gets the weights that it starts from,
+    and some (whose boxes are weights) cannot be trained without. A network that
+    cannot be copied stands in for itself.
     """
-    shared: dict[int, Any] = {id(parameter): parameter for parameter in network.parameters()}
-    twin = copy.deepcopy(network, shared)
-    twin.train()
-    for module in twin.modules():
-        if 'BatchNorm' in type(module).__name__:
-            module.eval()
-    preprocessor = getattr(twin, 'data_preprocessor', None)
-    if getattr(preprocessor, 'batch_augments', None) is not None:
-        preprocessor.batch_augments = None  # they would resize or pad what is probed
-    yield twin
+    shared: dict[int, Any] = {} if initialised else {id(parameter): parameter for parameter in network.parameters()}
+    with contextlib.ExitStack() as stack:
+        try:
+            twin = copy.deepcopy(network, shared)
+        except (RuntimeError, TypeError, NotImplementedError):  # what it keeps of an earlier batch may have a graph
+            twin = stack.enter_context(_restored(network))
+        if initialised and twin is not network:
+            with without_pretrained(), contextlib.suppress(AttributeError, KeyError, TypeError):
+                twin.init_weights()
+        twin.train()
+        for module in twin.modules():
+            if 'BatchNorm' in type(module).__name__:
+                module.eval()
+        preprocessor = getattr(twin, 'data_preprocessor', None)
+        if getattr(preprocessor, 'batch_augments', None) is not None:
+            preprocessor.batch_augments = None  # they would resize or pad what is probed
+        yield twin
+
+
+@contextlib.contextmanager
+def _restored(network: nn.Module) -> Iterator[nn.Module]:
+    """Put back the attributes, modes and buffers of a network afterwards."""
+    kept = [
+        (
+            module,
+            dict(vars(module)),
+            dict(module._modules),
+            {name: (buffer, buffer.clone()) for name, buffer in module._buffers.items() if buffer is not None},
+        )
+        for module in network.modules()
+    ]
+    try:
+        yield network
+    finally:
+        for module, attributes, children, buffers in kept:
+            vars(module).clear()
+            vars(module).update(attributes)
+            module._modules.clear()
+            module._modules.update(children)
+            for name, (buffer, values) in buffers.items():
+                module._buffers[name] = buffer.copy_(values)
 
 
 @contextlib.contextmanager
@@ -188,8 +222,9 @@ def _graph_only() -> Iterator[None]:
         yield
 
 
-def _batch(twin: nn.Module, size: tuple[int, int], device: torch.device) -> tuple[Tensor, list[Any]]:
+def _batch(twin: nn.Module, size: tuple[int, int]) -> tuple[Tensor, list[Any]]:
     """One image of noise with labels of the student's task, as its data preprocessor makes it."""
+    device = next((parameter.device for parameter in twin.parameters()), torch.device('cpu'))
     preprocessor = getattr(twin, 'data_preprocessor', None)
     if getattr(preprocessor, 'size', None) is not None:
         preprocessor.size = size
@@ -231,71 +266,69 @@ def probe_student(
             passes it.
     """
     taps = tuple(dict.fromkeys(taps))
-    device = next((parameter.device for parameter in student.parameters()), torch.device('cpu'))
-    with _stand_in(student) as twin:
-        inputs, samples = _batch(twin, size, device)
-        regions: Regions = probe_regions(1, (int(inputs.shape[-2]), int(inputs.shape[-1])))
-        regions = type(regions)(
-            boxes=[boxes.to(device) for boxes in regions.boxes], masks=[boxes.to(device) for boxes in regions.masks]
+    try:
+        with _stand_in(student) as twin:
+            probe = _in_training(twin, taps, size, owners or {})
+    except ForwardFailed as err:
+        try:
+            with _stand_in(student, initialised=True) as twin:
+                probe = _in_training(twin, taps, size, owners or {})
+        except ForwardFailed:
+            with _stand_in(student) as twin:
+                found = _in_inference(twin, taps, size)
+            if found is None:
+                raise err from None
+            probe = found
+            print_log(
+                f'The training step of {type(student).__name__} could not be tried before training ({err}). '
+                'Shapes are those of inference.',
+                'current',
+                level=30,
+            )
+    for tap, tensors in probe.capture.records.items():
+        probe.capture.records[tap] = [tensor.detach() for tensor in tensors]
+    return probe
+
+
+def _regions(inputs: Tensor) -> Regions:
+    """Some regions of the image, where it is."""
+    regions = probe_regions(1, (int(inputs.shape[-2]), int(inputs.shape[-1])))
+    boxes, masks = ([boxes.to(inputs.device) for boxes in part] for part in (regions.boxes, regions.masks))
+    return dataclasses.replace(regions, boxes=boxes, masks=masks)
+
+
+def _in_training(twin: nn.Module, taps: tuple[Tap, ...], size: tuple[int, int], owners: Mapping[Tap, str]) -> Probe:
+    """What a training step shows of the taps."""
+    inputs, samples = _batch(twin, size)
+    regions, chosen = _regions(inputs), False
+    with recorded_points(twin) as points, RegionRecorder(twin) as recorder, _graph_only():
+        capture, route = find_route(twin, inputs, samples, taps, _routes(twin, taps), regions=regions)
+    if route == 'loss' and any(map(in_region_head, taps)):
+        regions, chosen = recorder.regions, True
+    if any(in_point_head(twin, tap) for tap in taps):
+        regions, chosen = with_points(regions, list(points)), True
+    missed = [tap for tap, passes in capture.passes.items() if not passes]
+    if missed:
+        why = 'which the forward pass does not reach'
+        if _in_inference(twin, missed[:1], size) is not None:
+            why = 'which only runs in eval, not in a training step'
+        raise TapError(
+            f'{owners.get(missed[0], "a tap")}: `student` must name a module that runs in training, got '
+            f'{str(missed[0])!r}, {why}. Tap a module that training calls.'
         )
-        chosen = False
-        with recorded_points(twin) as points, RegionRecorder(twin) as recorder:
-            try:
-                with _graph_only():
-                    capture, route = find_route(twin, inputs, samples, taps, _routes(twin, taps), regions=regions)
-            except ForwardFailed as err:
-                capture = _in_eval(twin, inputs, samples, taps, regions)
-                if capture is None:
-                    raise
-                print_log(
-                    f'The training step of {type(student).__name__} could not be tried before training ({err}). '
-                    'Shapes are those of inference.',
-                    'current',
-                    level=30,
-                )
-            else:
-                chosen = route == 'loss' and any(map(in_region_head, taps))
-                regions = recorder.regions if chosen else regions
-            if any(in_point_head(twin, tap) for tap in taps):
-                regions, chosen = with_points(regions, list(points)), True
-        missed = [tap for tap, passes in capture.passes.items() if not passes]
-        if missed:
-            _refuse_missed(twin, inputs, samples, missed, regions, owners or {})
-    for tap, tensors in capture.records.items():
-        capture.records[tap] = [tensor.detach() for tensor in tensors]
     return Probe(inputs, samples, capture, regions, chosen)
 
 
-def _in_eval(
-    twin: nn.Module, inputs: Tensor, samples: list[Any], taps: Sequence[Tap], regions: Regions
-) -> Capture | None:
+def _in_inference(twin: nn.Module, taps: Sequence[Tap], size: tuple[int, int]) -> Probe | None:
     """What inference shows of the taps; ``None`` where it does not pass them either."""
     twin.eval()
+    inputs, samples = _batch(twin, size)
+    regions = _regions(inputs)
     with torch.no_grad(), contextlib.suppress(ForwardFailed, TapError):
         capture, _ = find_route(twin, inputs, samples, taps, ['tensor', 'predict'], regions=regions)
         if all(capture.passes.values()):
-            return capture
+            return Probe(inputs, samples, capture, regions, False)
     return None
-
-
-def _refuse_missed(
-    twin: nn.Module,
-    inputs: Tensor,
-    samples: list[Any],
-    missed: Sequence[Tap],
-    regions: Regions,
-    owners: Mapping[Tap, str],
-) -> None:
-    """Say why training does not pass a tap."""
-    tap = missed[0]
-    found = _in_eval(twin, inputs, samples, [tap], regions)
-    why = 'which the forward pass does not reach'
-    if found is not None:
-        why = 'which only runs in eval, not in a training step'
-    raise TapError(
-        f'{owners.get(tap, "a tap")}: `student` must name a module that runs in training, got {str(tap)!r}, {why}. '
-        'Tap a module that training calls.'
-    )
 
 
 def explain_cut(reason: str, tap: Tap) -> str:

@@ -47,6 +47,8 @@ MISPLACED = {
     **dict.fromkeys(('student', 'teacher'), 'Taps that differ go into tap=dict(student=..., teacher=...).'),
 }
 MATCHES = ('stride', 'order')
+#: Parts of a transformer whose rows are queries, not positions.
+QUERIES = ('bbox_head', 'panoptic_head', 'decoder', 'transformer_decoder', 'cls_embed', 'mask_embed')
 
 #: Modules whose output is a depth map in a depth estimator.
 DEPTH_MAPS = ('to_depth', 'decode_head')
@@ -547,13 +549,15 @@ class Term(nn.Module):
 
     def _about_tokens(self, student: Tensor, teacher: Tensor) -> str:
         """How a transformer's tokens become what most losses take."""
-        sides = [
-            name
-            for name, tensor in (('student', student), ('teacher', teacher))
-            if tensor.dim() == 3 and self._covers_image(tensor.shape[1])
-        ]
+        sides = [name for name, tensor in (('student', student), ('teacher', teacher)) if tensor.dim() == 3]
         if not sides or self.on_regions:
             return ''
+        names = [part for tap in (*self.student_taps, *self.teacher_taps) for part in tap.module.split('.')]
+        queries = any(part in QUERIES for part in names)
+        counts = [tensor.shape[1] for tensor in (student, teacher) if tensor.dim() == 3]
+        if queries or not all(map(self._covers_image, counts)):
+            which = ' and the '.join(sides)
+            return f' The {which} gave rows (B, N, C) that lie nowhere in the image (queries): tap a map.'
         return (
             f' The {" and the ".join(sides)} gave tokens (B, N, C): lay them out as a map with '
             "connector=dict(type='mmstructkd.TokensToMapConnector')."

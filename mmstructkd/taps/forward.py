@@ -46,7 +46,7 @@ class ForwardFailed(RuntimeError):
     """
 
     def __init__(self, network: nn.Module, taps: Sequence[Tap], reasons: Mapping[str, Exception]) -> None:
-        route, error = next(iter(reasons.items()))
+        route, error = list(reasons.items())[-1]  # the way that leaves least out
         lines = str(error).strip().splitlines()
         text = lines[0] if lines else traceback.extract_tb(error.__traceback__)[-1].line  # an assertion without a word
         super().__init__(f'{type(error).__name__} in {stage_of(error, network)}: {text}')
@@ -200,7 +200,7 @@ def _own_regions(network: nn.Module, capture: Capture, route: str) -> TapError |
         return None
     return TapError(
         f'Tap {str(chosen[0])!r}: a teacher must look at the regions of the student, got a module of '
-        f'{type(network).__name__} that can only be run on its own. Tap the neck, or its box or mask head.'
+        f'{type(network).__name__} that can only be run on its own. Tap the neck instead.'
     )
 
 

@@ -335,6 +335,53 @@ def test_the_student_is_as_it_was(tap: str) -> None:
     assert dict(MessageHub.get_current_instance().runtime_info) == hub
 
 
+def test_a_student_that_cannot_be_copied_is_put_back() -> None:
+    """It keeps a tensor of an earlier batch, with its graph."""
+    student = MODELS.build(toy_segmentor(4)).train()
+    student.kept = student.extract_feat(toy_batch()['inputs'])[0]
+    with pytest.raises(RuntimeError):
+        copy.deepcopy(student)
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    student.backbone.layer1.eval()
+    modes = [module.training for module in student.modules()]
+    terms = dict(a=dict(tap='auxiliary_head.convs', loss=CHANNEL))
+    StructuredDistiller(student, dict(config=toy_segmentor(4), allow_random=True), terms)
+    assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
+    assert [module.training for module in student.modules()] == modes
+    assert student.data_preprocessor.size == (48, 64)
+
+
+def test_a_student_whose_weights_must_be_there_first() -> None:
+    """Sparse R-CNN's boxes are weights: those it is built with are none."""
+    from mmseg.models import EncoderDecoder
+
+    class Late(EncoderDecoder):
+        """Cannot be trained before ``init_weights``."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.sides = nn.Parameter(torch.full((2,), -1.0))
+
+        def init_weights(self) -> None:
+            super().init_weights()
+            nn.init.ones_(self.sides)
+
+        def loss(self, *args: Any, **kwargs: Any) -> Any:
+            if (self.sides < 0).any():
+                raise RuntimeError('boxes with negative sides')
+            losses = super().loss(*args, **kwargs)
+            return {**losses, 'loss_sides': self.sides.square().sum()}
+
+    MODELS.register_module(name='Late', module=Late)
+    try:
+        model = build(TERMS, toy_segmentor(4, type='mmstructkd.Late'), toy_segmentor(4))
+    finally:
+        MODELS.module_dict.pop('Late')
+    assert (model.student.sides == -1).all()  # as it was built
+    model.init_weights()
+    assert step(model)['loss_kd_pixel'] > 0
+
+
 def test_a_network_without_labels_is_probed_in_inference(caplog: pytest.LogCaptureFixture) -> None:
     """A step that cannot be tried before training is said to be so; the shapes are known all the same."""
 

@@ -22,7 +22,7 @@ from mmstructkd.registry import MODELS
 
 PIXEL = dict(type='mmstructkd.PixelwiseKLLoss')
 CHANNEL = dict(type='mmstructkd.ChannelwiseKLLoss')
-SMALL = {(256, 512, 1024, 2048): (16, 32, 64, 128), (512, 1024, 2048): (32, 64, 128)}
+SMALL = {(256, 512, 1024, 2048): (16, 32, 64, 128), (512, 1024, 2048): (32, 64, 128), (2048,): (128,)}
 
 
 def narrow(config: Any) -> None:
