@@ -8,6 +8,7 @@ from typing import Any
 
 from mmengine.config import Config, ConfigDict
 from mmengine.registry import Registry
+from mmengine.runner import Runner
 
 from mmstructkd import registry
 from mmstructkd.checkpoints import KEY
@@ -60,9 +61,12 @@ def plain_config(cfg: Config) -> Config:
             for key in keys:
                 plain.pop(key, None)
     drop_own_import(plain, always=True)
+    runner = inspect.signature(Runner).parameters
     for key in list(plain.keys()):
         value = _translated(plain[key])
-        if value is NOTHING:
+        # A name of the config file's own, such as the terms that a base defines: what is left of it serves nobody.
+        loose = key not in runner and isinstance(value, Mapping) and 'type' not in value and _names_own(plain[key])
+        if value is NOTHING or loose:
             plain.pop(key)
         else:
             plain[key] = value

@@ -64,13 +64,24 @@ model = dict(type='mmstructkd.StructuredDistiller', student=dict(type='EncoderDe
             "x = dict(type='mmstructkd.AutocastOptimWrapper', dtype='bfloat16', clip_grad=dict(max_norm=1))",
             dict(type='OptimWrapper', clip_grad=dict(max_norm=1)),
         ),
-        ("x = dict(a=dict(type='mmstructkd.FiniteLossHook'), b=dict(type='H'))", dict(b=dict(type='H'))),
+        ("x = [dict(type='mmstructkd.FiniteLossHook'), dict(type='H')]", [dict(type='H')]),
+        ("x = dict(pixel=dict(tap='a', loss=dict(type='mmstructkd.PixelwiseKLLoss')))", None),
+        ("x = dict(pixel=dict(tap='a'))", dict(pixel=dict(tap='a'))),
         ("x = 'mmstructkd.SceneSegDataset'", None),
         ("x = dict(type='mmstructkd.NoSuchThing', a=1)", None),
     ],
 )
 def test_parts_of_this_package_become_what_they_are_made_from(part: str, expected: Any) -> None:
     assert plain_of(DISTILLER + part).get('x') == expected
+
+
+def test_hooks_of_this_package_go_and_others_stay() -> None:
+    cfg = plain_of(
+        DISTILLER + "default_hooks = dict(a=dict(type='mmstructkd.FiniteLossHook'), b=dict(type='H'))\n"
+        "custom_hooks = [dict(type='mmstructkd.FiniteLossHook'), dict(type='EMAHook')]"
+    )
+    assert cfg.default_hooks == dict(b=dict(type='H'))
+    assert cfg.custom_hooks == [dict(type='EMAHook')]
 
 
 def test_a_dataset_keeps_classes_arguments_and_pipeline() -> None:
