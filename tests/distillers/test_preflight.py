@@ -89,7 +89,7 @@ def test_no_pixel_counts() -> None:
     batch = toy_batch()
     for sample in batch['data_samples']:
         sample.gt_sem_seg.data.fill_(255)
-    terms = dict(scores=dict(tap='decode_head.conv_seg', loss=SIMPLE))
+    terms = dict(scores=dict(tap='decode_head.conv_seg', where='labelled', loss=SIMPLE))
     assert 'No pixel of this batch counts' in the_problem(build(terms), batch)
 
 

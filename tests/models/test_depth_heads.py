@@ -333,7 +333,7 @@ def test_bad_settings(kind, kwargs, match):
 
 
 def test_bad_parts():
-    with pytest.raises(ConfigError, match=r"ScoreToDepth: `mapping` must be one of .*got 'relu'"):
+    with pytest.raises(ConfigError, match=r"DepthRegressionHead: `mapping` must be one of .*got 'relu'"):
         head('regression', mapping='relu')
     with pytest.raises(ConfigError, match=r"BinsToDepth: `average` must be one of .*got 'mean'"):
         head('classification', average='mean')
