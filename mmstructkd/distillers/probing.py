@@ -74,9 +74,20 @@ class Probe:
 
     def to(self, device: str) -> Probe:
         """The same on another device."""
-        parts = {part.name: getattr(self.regions, part.name) for part in dataclasses.fields(self.regions)}
-        moved = type(self.regions)(**{name: [tensor.to(device) for tensor in part] for name, part in parts.items()})
+        moved = moved_to(self.regions, device)
         return Probe(self.inputs.to(device), self.samples, on_device(self.capture, device), moved, self.chosen)
+
+
+def moved_to(value: Any, device: str) -> Any:
+    """The same with every tensor in it on another device: of dataclasses, dicts, lists and tuples."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {part.name: moved_to(getattr(value, part.name), device) for part in dataclasses.fields(value)}
+        return type(value)(**fields)
+    if isinstance(value, dict):
+        return {key: moved_to(item, device) for key, item in value.items()}
+    return type(value)(moved_to(item, device) for item in value) if type(value) in (list, tuple) else value
 
 
 def on_device(capture: Capture, device: str) -> Capture:
