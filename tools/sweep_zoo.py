@@ -212,7 +212,7 @@ def _plain(cfg: Any, report: dict[str, Any]) -> tuple[int, int]:
     report['build_s'] = round(time.monotonic() - begin, 1)
     whole = input_size(cfg, network)
     tries = [*SMALL[task_of(network)], fixed_size(network) or whole, *MIDDLE]
-    sizes = sorted({size for size in tries if size[0] * size[1] < whole[0] * whole[1]}, key=math.prod) + [whole]
+    sizes = [*sorted({size for size in tries if math.prod(size) < math.prod(whole)}, key=math.prod), whole]
     needs = needs_of(network, cfg)
     preprocessor = network.data_preprocessor
     for place, size in enumerate(sizes):
