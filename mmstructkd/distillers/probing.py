@@ -74,9 +74,17 @@ class Probe:
 
     def to(self, device: str) -> Probe:
         """The same on another device."""
-        parts = {part.name: getattr(self.regions, part.name) for part in dataclasses.fields(self.regions)}
-        moved = type(self.regions)(**{name: [tensor.to(device) for tensor in part] for name, part in parts.items()})
-        return Probe(self.inputs.to(device), self.samples, on_device(self.capture, device), moved, self.chosen)
+
+        def moved(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {key: moved(entry) for key, entry in value.items()}
+            if isinstance(value, list):
+                return [moved(entry) for entry in value]
+            return value.to(device) if isinstance(value, Tensor) else value
+
+        parts = {part.name: moved(getattr(self.regions, part.name)) for part in dataclasses.fields(self.regions)}
+        capture, regions = on_device(self.capture, device), type(self.regions)(**parts)
+        return Probe(self.inputs.to(device), self.samples, capture, regions, self.chosen)
 
 
 def on_device(capture: Capture, device: str) -> Capture:
