@@ -174,13 +174,16 @@ def _stand_in(network: nn.Module, *, initialised: bool = False) -> Iterator[nn.M
     """A copy of a network that shares its parameters, in training mode, normalising by what it has stored.
 
     One image makes no batch statistics. What the copy changes in buffers and
-    attributes is gone with it. A copy that is ``initialised`` has parameters of
+    attributes is gone with it; parameters that its ``train()`` freezes are as they
+    were afterwards. A copy that is ``initialised`` has parameters of
     its own: a network is built before it gets the weights that it starts from,
     and some (whose boxes are weights) cannot be trained without. A network that
     cannot be copied stands in for itself.
     """
     shared: dict[int, Any] = {} if initialised else {id(parameter): parameter for parameter in network.parameters()}
     with contextlib.ExitStack() as stack:
+        for parameter in network.parameters():
+            stack.callback(parameter.requires_grad_, parameter.requires_grad)
         try:
             twin = copy.deepcopy(network, shared)
         except (RuntimeError, TypeError, NotImplementedError):  # what it keeps of an earlier batch may have a graph
