@@ -441,14 +441,15 @@ def write_results(path: Path, done: Mapping[str, Any]) -> None:
 
 PAGE = """# One step of each zoo
 
-`python tools/sweep_zoo.py --table docs/results/zoo.md`, with {versions}, on a CPU: the lightest config of each folder of
-both zoos that trains here, from random weights, nothing downloaded, two images of noise with labels of the kind that the
-config's pipeline loads, as small as the network takes them. First a plain training step; then the same step distilled
-from a teacher of the same architecture with other random weights. A step counts if every loss and gradient is finite and
-the term is above 0. That a network *learns* from its teacher is for [other pages](camvid.md).
+`python tools/sweep_zoo.py --table docs/results/zoo.md`, with {versions}, on a CPU: the lightest config of each
+folder of both zoos that trains here, from random weights, nothing downloaded, two images of noise with labels of
+the kind that the config's pipeline loads, as small as the network takes them. First a plain training step; then the
+same step distilled from a teacher of the same architecture with other random weights. A step counts if every loss
+and gradient is finite and the term is above 0. That a network *learns* from its teacher is for [other
+pages](camvid.md).
 
-Segmentors are tapped at their classifier, or at the pixel decoder of those that classify queries; detectors at all levels
-of their neck; the rest at all stages of the backbone.
+Segmentors are tapped at their classifier, or at the pixel decoder of those that classify queries; detectors at all
+levels of their neck; the rest at all stages of the backbone.
 
 """
 
