@@ -63,7 +63,7 @@ def real_batch(cfg: Config, model: BaseModel, *, batch_size: int | None = None) 
     init_default_scope(cfg.get('default_scope', 'mmengine'))
     try:
         batch = next(iter(Runner.build_dataloader(settings, seed=(cfg.get('randomness') or {}).get('seed') or 0)))
-    except (OSError, StopIteration) as err:
+    except (OSError, StopIteration, ConfigError) as err:
         reason = 'no batch at all' if isinstance(err, StopIteration) else f'{type(err).__name__}: {err}'
         raise ConfigError(
             f'{OWNER}: `train_dataloader` must give a batch, got {reason}. Put the data there, or pass --synthetic.'
