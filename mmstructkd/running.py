@@ -24,6 +24,7 @@ EXPLAINED = (ConfigError, ShapeError, CheckpointError, FloatingPointError)
 # What mm packages read of a config besides the arguments of a runner.
 READ_TOO = {
     'activation_checkpointing',
+    'trust_checkpoint',
     'auto_scale_lr',
     'custom_imports',
     'efficient_conv_bn_eval',

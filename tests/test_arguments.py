@@ -150,6 +150,10 @@ def use_depth_loss(loss: nn.Module) -> None:
     repr(loss)
 
 
+def use_backbone(backbone: nn.Module) -> None:
+    assert backbone.eval()(torch.zeros(1, 3, 32, 32)) is not None
+
+
 def use_head(head: nn.Module) -> None:
     sample = SegDataSample(metainfo=dict(img_shape=(8, 8)))
     sample.set_data(
@@ -216,6 +220,7 @@ ALONE: dict[str, tuple[dict[str, Any], Callable[[Any], None]]] = {
     'DepthBinLoss': ({}, use_depth_loss),
     'DepthRegressionHead': (dict(in_channels=6, channels=4, in_index=0), use_head),
     'DepthClassificationHead': (dict(in_channels=6, channels=4, in_index=0, num_bins=8), use_head),
+    'EfficientNetLite': (dict(num_stages=2, out_indices=(0, 1)), use_backbone),
     'ClassQueue': (dict(num_classes=3, capacity=4, channels=2), use_queue),
     'WeightSchedule': ({}, use_schedule),
     'FrozenTeacher': (SMALL_TEACHER, use_teacher),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import socket
 import stat
@@ -440,3 +441,36 @@ def test_nms_takes_bf16_on_a_cpu():
     original = getattr(NMSop.forward, compat._MARK)
     with pytest.raises(RuntimeError, match='BFloat16'):  # still needed
         original(None, boxes.bfloat16(), scores.bfloat16(), 0.5, 0, 0.0, -1)
+
+
+@pytest.mark.parametrize(('size', 'stride', 'kernel'), [((1, 1), 2, 3), ((2, 1), 2, 5), ((2, 2), 3, 3)])
+@pytest.mark.parametrize('autocast', [True, False])
+def test_narrow_convolutions_have_the_right_gradient_in_bf16(size, stride, kernel, autocast):
+    compat.install()
+    for trial in range(20):
+        torch.manual_seed(trial)
+        layer = torch.nn.Conv2d(8, 64, kernel, stride=stride, padding=kernel // 2)
+        layer.weight.data.copy_(layer.weight.bfloat16())
+        maps = torch.randn(2, 8, *size).bfloat16()
+        exact = copy.deepcopy(layer).double()
+        exact(maps.double()).sum().backward()
+        if not autocast:
+            layer.bfloat16()
+        # what a faulty kernel leaves as it is
+        poison = [torch.full((numbers,), float('nan')) for numbers in (64 * 8 * kernel**2, 32 * 8 * kernel**2)]
+        del poison
+        with torch.autocast('cpu', dtype=torch.bfloat16, enabled=autocast):
+            out = layer(maps.float() if autocast else maps)
+        assert out.dtype == torch.bfloat16
+        out.float().sum().backward()
+        torch.testing.assert_close(layer.weight.grad.double(), exact.weight.grad, rtol=1e-2, atol=1e-2)
+        assert not layer.weight.grad[exact.weight.grad == 0].any()
+
+
+def test_other_convolutions_are_left_alone():
+    compat.install()
+    layer, maps = torch.nn.Conv2d(2, 3, 3, stride=2, padding=1), torch.randn(1, 2, 1, 1)
+    original = getattr(torch.nn.Conv2d._conv_forward, compat._MARK)
+    assert torch.equal(layer(maps), original(layer, maps, layer.weight, layer.bias))
+    with torch.autocast('cpu', dtype=torch.float16):
+        assert layer(maps).dtype == torch.float16

@@ -101,7 +101,7 @@ def test_a_student_without_a_type_is_named_by_its_keys() -> None:
     student = toy_segmentor(4)
     student.pop('type')
     with pytest.raises(
-        ConfigError, match=r"StructuredDistiller: `student` must have a `type`, got keys \['_scope_'"
+        ConfigError, match=r"StructuredDistiller: `student` must be a dict with a `type`, got \{'_scope_'"
     ) as info:
         MODELS.build(toy_distiller(student=student))
     assert len(str(info.value)) < 400

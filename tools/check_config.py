@@ -92,6 +92,8 @@ def check(args: argparse.Namespace, console: Console) -> bool:
     distiller = build_distiller(cfg, random_init=args.random_init).to(device)
     if args.synthetic:
         size = tuple(args.size) if args.size else input_size(cfg, distiller)
+        if args.size and getattr(distiller.data_preprocessor, 'size', None) is not None:
+            distiller.data_preprocessor.size = size  # which it would pad to otherwise
         images = args.batch_size or (cfg.get('train_dataloader') or {}).get('batch_size') or 2
         batch = synthetic_batch(distiller, size, images, needs=needs_of(distiller.student, cfg))
     else:

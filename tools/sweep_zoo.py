@@ -9,7 +9,7 @@ downloaded, a time and a memory limit:
 
 Results go to a JSON file after each config; what stands there is not run again,
 so that a sweep can be interrupted, and ``--rerun failed`` repeats only what did
-not work. ``--table`` writes them as Markdown.
+not work. The table is printed at the end, and ``--table`` writes it as Markdown.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import copy
+import importlib
 import importlib.util
 import json
 import math
@@ -212,7 +213,7 @@ def _plain(cfg: Any, report: dict[str, Any]) -> tuple[int, int]:
     report['build_s'] = round(time.monotonic() - begin, 1)
     whole = input_size(cfg, network)
     tries = [*SMALL[task_of(network)], fixed_size(network) or whole, *MIDDLE]
-    sizes = [*sorted({size for size in tries if size[0] * size[1] < whole[0] * whole[1]}, key=math.prod), whole]
+    sizes = [*sorted({size for size in tries if math.prod(size) < math.prod(whole)}, key=math.prod), whole]
     needs = needs_of(network, cfg)
     preprocessor = network.data_preprocessor
     for place, size in enumerate(sizes):
@@ -438,6 +439,21 @@ def write_results(path: Path, done: Mapping[str, Any]) -> None:
 # --- the table -------------------------------------------------------------------------------------------------
 
 
+PAGE = """# One step of each zoo
+
+`python tools/sweep_zoo.py --table docs/results/zoo.md`, with {versions}, on a CPU: the lightest config of each
+folder of both zoos that trains here, from random weights, nothing downloaded, two images of noise with labels of
+the kind that the config's pipeline loads, as small as the network takes them. First a plain training step; then the
+same step distilled from a teacher of the same architecture with other random weights. A step counts if every loss
+and gradient is finite and the term is above 0. That a network *learns* from its teacher is for [other
+pages](camvid.md).
+
+Segmentors are tapped at their classifier, or at the pixel decoder of those that classify queries; detectors at all
+levels of their neck; the rest at all stages of the backbone.
+
+"""
+
+
 def outcome(report: Mapping[str, Any]) -> str:
     """What a row says about a config."""
     if report.get('plain') != 'ok':
@@ -446,14 +462,18 @@ def outcome(report: Mapping[str, Any]) -> str:
 
 
 def summary(done: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, int, int, int]]:
-    """By scope: configs, those whose plain step works, those of them that distil."""
-    counts: dict[str, Counter] = {}
+    """By zoo: folders, those of which a config trains plainly, those of which all that do distil."""
+    folders: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for reference, report in done.items():
-        count = counts.setdefault(reference.partition('::')[0], Counter())
-        count['all'] += 1
-        count['plain'] += report.get('plain') == 'ok'
-        count['distilled'] += works(report)
-    return [(scope, count['all'], count['plain'], count['distilled']) for scope, count in sorted(counts.items())]
+        zoo, _, rest = reference.rpartition('::')
+        folders.setdefault((zoo or 'own', rest.rpartition('/')[0] if zoo else reference), []).append(report)
+    counts: dict[str, Counter] = {}
+    for (zoo, _), reports in folders.items():
+        trained = [report for report in reports if report.get('plain') == 'ok']
+        counts.setdefault(zoo, Counter()).update(
+            all=1, plain=bool(trained), distilled=bool(trained) and all(map(works, trained))
+        )
+    return [(zoo, count['all'], count['plain'], count['distilled']) for zoo, count in sorted(counts.items())]
 
 
 def table(done: Mapping[str, Mapping[str, Any]]) -> str:
@@ -463,21 +483,39 @@ def table(done: Mapping[str, Mapping[str, Any]]) -> str:
         done: reports by config.
 
     Returns:
-        The counts, then one row a config.
+        The counts, a row for each config that trains, a row for each that does
+        not.
     """
 
     def cell(text: Any) -> str:
-        return str(text).replace('|', '\\|').replace('\n', ' ')
+        return re.sub(r'\s+', ' ', str(text)).replace('|', '\\|')
 
-    lines = ['| zoo | configs | plain step works | distilled step works |', '| --- | --- | --- | --- |']
-    lines += [f'| {scope} | {total} | {plain} | {kd} |' for scope, total, plain, kd in summary(done)]
-    lines += ['', '| config | model | input | tap | result |', '| --- | --- | --- | --- | --- |']
-    for reference, report in sorted(done.items()):
-        size = 'x'.join(map(str, report.get('size', ()))) or '-'
+    def row(*cells: Any) -> str:
+        return '| ' + ' | '.join(map(cell, cells)) + ' |'
+
+    lines = ['| zoo | folders | a plain step works | so does a distilled one |', '| --- | --- | --- | --- |']
+    lines += [row(*counts) for counts in summary(done)]
+    trained = {key: report for key, report in sorted(done.items()) if report.get('plain') == 'ok'}
+    lines += ['', '| config | network | input | tap | distilled |', '| --- | --- | --- | --- | --- |']
+    for reference, report in trained.items():
         tap = f'`{report["tap"]}`' if report.get('tap') else '-'
-        row = (f'`{reference}`', report.get('model', '-'), size, tap, outcome(report))
-        lines.append('| ' + ' | '.join(map(cell, row)) + ' |')
+        size = 'x'.join(map(str, report.get('size', ()))) or '-'
+        lines.append(row(f'`{reference}`', report.get('model', '-'), size, tap, outcome(report)))
+    others = {key: report for key, report in sorted(done.items()) if key not in trained}
+    if others:
+        lines += ['', 'Not tried, because a plain step does not work:', '', '| config | why |', '| --- | --- |']
+        lines += [row(f'`{key}`', report.get('plain', 'no result')) for key, report in others.items()]
     return '\n'.join(lines) + '\n'
+
+
+def _versions() -> str:
+    """What the steps ran on."""
+    import torch
+
+    named = {}
+    for package in ('mmengine', 'mmcv', *SCOPES):
+        named[package] = importlib.import_module(package).__version__
+    return ', '.join(f'{name} {version}' for name, version in {**named, 'torch': torch.__version__}.items())
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -546,10 +584,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(sweep, groups))
-    for scope, total, plain, distilled in summary(done):
-        print(f'{scope}: {total} configs, {plain} train plainly, {distilled} of them distil')
+    shown = {reference: done[reference] for group in groups for reference in group if reference in done}
+    print(table(shown))
     if args.table:
-        args.table.write_text(table(done))
+        args.table.parent.mkdir(parents=True, exist_ok=True)
+        args.table.write_text(PAGE.format(versions=_versions()) + table(done))
     return 0 if all(works(report) or report.get('plain') != 'ok' for report in done.values()) else 1
 
 

@@ -40,6 +40,8 @@ class DepthFolderDataset(BaseSegDataset):
         ConfigError: the image folder holds no file of that ending.
     """
 
+    #: The class that it is made from would not find them, see ``plain_config``.
+    finds_samples_itself = True
     METAINFO = dict(classes=('depth',), palette=[[128, 128, 128]])
 
     def __init__(

@@ -35,6 +35,8 @@ class SceneDetDataset(BaseDetDataset):
         ConfigError: an unknown split, or a number out of range.
     """
 
+    #: The class that it is made from would not find them, see ``plain_config``.
+    finds_samples_itself = True
     METAINFO = dict(classes=OBJECT_CLASSES, palette=list(OBJECT_PALETTE))
 
     def __init__(

@@ -34,6 +34,8 @@ class SceneSegDataset(BaseSegDataset):
         ConfigError: an unknown split, or a number out of range.
     """
 
+    #: The class that it is made from would not find them, see ``plain_config``.
+    finds_samples_itself = True
     METAINFO = dict(classes=CLASSES, palette=[list(colour) for colour in PALETTE])
 
     def __init__(

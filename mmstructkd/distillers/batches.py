@@ -63,7 +63,7 @@ def real_batch(cfg: Config, model: BaseModel, *, batch_size: int | None = None) 
     init_default_scope(cfg.get('default_scope', 'mmengine'))
     try:
         batch = next(iter(Runner.build_dataloader(settings, seed=(cfg.get('randomness') or {}).get('seed') or 0)))
-    except (OSError, StopIteration) as err:
+    except (OSError, StopIteration, ConfigError) as err:
         reason = 'no batch at all' if isinstance(err, StopIteration) else f'{type(err).__name__}: {err}'
         raise ConfigError(
             f'{OWNER}: `train_dataloader` must give a batch, got {reason}. Put the data there, or pass --synthetic.'
@@ -190,12 +190,14 @@ class Needs:
         semantic: number of classes of the class map beside the boxes; 0: none.
         edges: a map of the edges between the classes.
         proposals: regions that stand in for a region proposal network.
+        semantic_scale: sides of that class map by those of the image.
     """
 
     masks: bool = False
     semantic: int = 0
     edges: bool = False
     proposals: bool = False
+    semantic_scale: float = 1.0
 
 
 def needs_of(network: nn.Module, cfg: Mapping[str, Any] | None = None) -> Needs:
@@ -231,7 +233,9 @@ def needs_of(network: nn.Module, cfg: Mapping[str, Any] | None = None) -> Needs:
         semantic = getattr(fused, 'num_classes', 0) or 2
     edges = 'PIDHead' in kinds or any('GenerateEdge' in str(step['type']) for step in steps)
     proposals = hasattr(network, 'roi_head') and getattr(network, 'rpn_head', None) is None
-    return Needs(masks=masks, semantic=int(semantic), edges=edges, proposals=proposals)
+    scales = [step.get('scale_factor', 1) for step in steps if str(step['type']).rsplit('.', 1)[-1] == 'SegRescale']
+    scale = float(scales[-1]) if scales else 1.0
+    return Needs(masks=masks, semantic=int(semantic), edges=edges, proposals=proposals, semantic_scale=scale)
 
 
 @contextlib.contextmanager
@@ -356,7 +360,8 @@ def _detection_sample(size: tuple[int, int], classes: int, meta: dict, generator
         sample.gt_instances.masks = BitmapMasks(masks, *size)
     sample.ignored_instances = InstanceData(bboxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.int64))
     if needs.semantic:
-        sample.gt_sem_seg = PixelData(sem_seg=_areas(size, needs.semantic, generator))
+        height, width = (max(round(side * needs.semantic_scale), 1) for side in size)
+        sample.gt_sem_seg = PixelData(sem_seg=_areas((height, width), needs.semantic, generator))
     if needs.proposals:
         shifts = torch.rand(5, 3, 4, generator=generator) * 0.2 - 0.1
         near = boxes + shifts * (boxes[:, 2:] - boxes[:, :2]).repeat(1, 2)

@@ -179,7 +179,4 @@ def _parameters(cls: type) -> dict[str, inspect.Parameter]:
 
 def _cannot_load(name: str) -> bool:
     """Whether a name is that of a dataset whose samples its counterpart does not find."""
-    cls = _class_of(name)
-    if cls is None or not hasattr(cls, 'load_data_list'):
-        return False
-    return any('load_data_list' in vars(one) for one in cls.__mro__ if _is_own(one))
+    return bool(getattr(_class_of(name), 'finds_samples_itself', False))

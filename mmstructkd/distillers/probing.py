@@ -74,9 +74,20 @@ class Probe:
 
     def to(self, device: str) -> Probe:
         """The same on another device."""
-        parts = {part.name: getattr(self.regions, part.name) for part in dataclasses.fields(self.regions)}
-        moved = type(self.regions)(**{name: [tensor.to(device) for tensor in part] for name, part in parts.items()})
+        moved = moved_to(self.regions, device)
         return Probe(self.inputs.to(device), self.samples, on_device(self.capture, device), moved, self.chosen)
+
+
+def moved_to(value: Any, device: str) -> Any:
+    """The same with every tensor in it on another device: of dataclasses, dicts, lists and tuples."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {part.name: moved_to(getattr(value, part.name), device) for part in dataclasses.fields(value)}
+        return type(value)(**fields)
+    if isinstance(value, dict):
+        return {key: moved_to(item, device) for key, item in value.items()}
+    return type(value)(moved_to(item, device) for item in value) if type(value) in (list, tuple) else value
 
 
 def on_device(capture: Capture, device: str) -> Capture:
@@ -163,13 +174,16 @@ def _stand_in(network: nn.Module, *, initialised: bool = False) -> Iterator[nn.M
     """A copy of a network that shares its parameters, in training mode, normalising by what it has stored.
 
     One image makes no batch statistics. What the copy changes in buffers and
-    attributes is gone with it. A copy that is ``initialised`` has parameters of
+    attributes is gone with it; parameters that its ``train()`` freezes are as they
+    were afterwards. A copy that is ``initialised`` has parameters of
     its own: a network is built before it gets the weights that it starts from,
     and some (whose boxes are weights) cannot be trained without. A network that
     cannot be copied stands in for itself.
     """
     shared: dict[int, Any] = {} if initialised else {id(parameter): parameter for parameter in network.parameters()}
     with contextlib.ExitStack() as stack:
+        for parameter in network.parameters():
+            stack.callback(parameter.requires_grad_, parameter.requires_grad)
         try:
             twin = copy.deepcopy(network, shared)
         except (RuntimeError, TypeError, NotImplementedError):  # what it keeps of an earlier batch may have a graph

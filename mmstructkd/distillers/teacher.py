@@ -143,7 +143,7 @@ class FrozenTeacher(TeacherSource):
     def __init__(
         self,
         config: str | Mapping[str, Any],
-        checkpoint: str | None = None,
+        checkpoint: str | os.PathLike | None = None,
         allow_random: bool = False,
         trust_checkpoint: bool = False,
         *,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mmstructkd.errors import check_ndim, check_same
 from mmstructkd.functional.binary import as_two_classes
+from mmstructkd.functional.instance_temperature import instance_temperature_kl_loss
 from mmstructkd.functional.precision import full_precision
 from mmstructkd.functional.reduce import masked_mean, valid_pixels
 from mmstructkd.functional.sharing import once
@@ -58,7 +59,9 @@ def pixelwise_kl_loss(
         teacher: logits, same shape; a pair of one and two channels fits as well.
             Detached here.
         temperature: T, above 0, a number or a scalar tensor. The factor T
-            squared keeps the gradient's scale.
+            squared keeps the gradient's scale. A tensor with a temperature for each
+            pixel or row is that of
+            :func:`~mmstructkd.functional.instance_temperature.instance_temperature_kl_loss`.
         labels: integer classes, shape (B, h, w), brought to H x W by nearest, or
             (M,); only compared with ``ignore_index``.
         ignore_index: pixels with this label do not count.
@@ -81,6 +84,10 @@ def pixelwise_kl_loss(
         0.3278
     """
     owner = 'pixelwise_kl_loss'
+    if isinstance(temperature, Tensor) and temperature.dim() > 1:
+        return instance_temperature_kl_loss(
+            student, teacher, temperature=temperature, labels=labels, ignore_index=ignore_index, valid=valid
+        )
     check_temperature(owner, temperature)
     for name, logits in (('student', student), ('teacher', teacher)):
         check_ndim(owner, name, logits, (2, 4), '(B, C, H, W) or (M, C)')

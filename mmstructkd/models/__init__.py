@@ -16,3 +16,8 @@ if find_spec('mmseg') is not None:
     from mmstructkd.models.depth_regression_head import DepthRegressionHead
 
     __all__ += ['DepthClassificationHead', 'DepthHead', 'DepthRegressionHead']
+
+if find_spec('mmdet') is not None:
+    from mmstructkd.models.efficientnet_lite import EfficientNetLite
+
+    __all__ += ['EfficientNetLite']

@@ -335,9 +335,9 @@ def test_bad_settings(kind, kwargs, match):
 def test_bad_parts():
     with pytest.raises(ConfigError, match=r"DepthRegressionHead: `mapping` must be one of .*got 'relu'"):
         head('regression', mapping='relu')
-    with pytest.raises(ConfigError, match=r"BinsToDepth: `average` must be one of .*got 'mean'"):
+    with pytest.raises(ConfigError, match=r"DepthClassificationHead: `average` must be one of .*got 'mean'"):
         head('classification', average='mean')
-    with pytest.raises(ConfigError, match=r'BinsToDepth: `num_bins` must be an integer of at least 2, got 1'):
+    with pytest.raises(ConfigError, match=r'DepthClassificationHead: `num_bins` must be an integer .*got 1'):
         head('classification', num_bins=1)
     with pytest.raises(ConfigError, match=r'DepthBinLoss: `sharpness` must be a finite number above 0, got 0'):
         head('classification', loss_bins=dict(sharpness=0))

@@ -319,7 +319,7 @@ def test_non_finite_losses_are_problems(
             "ConfigError: Preflight: `model.type` must be 'mmstructkd.StructuredDistiller'",
         ),
         (['model.terms.pixel.tap=decode_head.conv_sg'], "TapError: term 'pixel': `student` must name a module"),
-        (['model.teacher.allow_random=False'], 'ConfigError: FrozenTeacher: `checkpoint` must name the weights'),
+        (['model.teacher.allow_random=False'], 'FrozenTeacher: `checkpoint` must name the weights'),
         (['model.teacher.checkpoint=absent.pth'], 'CheckpointError: local_checkpoint: `path` must be a file'),
         (
             [
@@ -363,7 +363,7 @@ def test_absent_data_are_named(tool: ModuleType, tmp_path: Path, capsys: pytest.
     cfg.dump(path)
     assert tool.main([str(path), '--device', 'cpu']) == 1
     error = capsys.readouterr().err
-    assert '`train_dataloader` must give a batch, got FileNotFoundError' in error
+    assert '`train_dataloader` must give a batch, got ConfigError: CamVidDataset' in error
     assert 'pass --synthetic' in error
 
 

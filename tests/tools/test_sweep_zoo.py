@@ -140,7 +140,9 @@ def test_results_are_kept_and_written(tool: ModuleType, tmp_path: Path, monkeypa
     text = table.read_text()
     assert '| `good.py` | X | 64x96 | `neck[*]` | ok |' in text
     assert '| `bad.py` | X | 64x96 | `neck[*]` | TapError: no |' in text
-    assert '| `broken.py` | - | - | - | not tried: ValueError: a \\| b |' in text
+    assert '| `broken.py` | ValueError: a \\| b |' in text
+    assert '| own | 3 | 2 | 1 |' in text
+    assert text.startswith('# One step of each zoo')
     assert tool.main(arguments) == 1
     assert len(ran) == 3  # nothing again
     monkeypatch.setattr(tool, 'run_apart', lambda reference, *a, **k: dict(plain='ok', distilled='ok', seconds=1.0))
@@ -160,7 +162,7 @@ def test_another_config_of_the_folder_is_tried(
     monkeypatch.setattr(tool, 'choose', lambda scope, most, folders: [['first', 'second', 'third'][:most]])
     tool.main(['--scope', 'mmseg', '--results', str(tmp_path / 'r.json')])
     assert ran == ['first', 'second']
-    assert tool.summary(tool.read_results(tmp_path / 'r.json')) == [('first', 1, 0, 0), ('second', 1, 1, 1)]
+    assert tool.summary(tool.read_results(tmp_path / 'r.json')) == [('own', 2, 1, 1)]
 
 
 def test_the_configs_of_a_zoo_can_be_read(tool: ModuleType) -> None:

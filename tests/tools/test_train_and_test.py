@@ -19,6 +19,7 @@ from mmseg.models import SegTTAModel
 
 from mmstructkd.checkpoints import read_checkpoint
 from mmstructkd.datasets.scenes import render_scene
+from mmstructkd.optim import AutocastOptimWrapper
 from mmstructkd.registry import MODELS
 from mmstructkd.testing import toy_config, toy_depth_estimator, toy_detector, toy_distiller, toy_segmentor, toy_terms
 
@@ -148,7 +149,7 @@ def test_amp_on_a_cpu(
         cfg.optim_wrapper.pop('type')
     call(monkeypatch, 'train.py', write(cfg, tmp_path / 'toy.py'), '--amp')
     built = trained[0].optim_wrapper
-    assert type(built).__name__ == 'AutocastOptimWrapper'
+    assert isinstance(built, AutocastOptimWrapper)
     assert built._accumulative_counts == settings.get('accumulative_counts', 1)
     assert built.clip_grad_kwargs == settings.get('clip_grad')
     rates = {group['initial_lr'] for group in built.optimizer.param_groups}
