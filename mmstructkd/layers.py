@@ -10,7 +10,7 @@ import torch
 from mmcv.cnn import ConvModule
 
 from mmstructkd.arguments import check_call
-from mmstructkd.errors import ConfigError, shown
+from mmstructkd.errors import ConfigError, check_finite_number, check_positive, shown
 from mmstructkd.registry import MODELS, look_up
 
 __all__ = ['check_layers']
@@ -44,6 +44,11 @@ def check_layers(
         if isinstance(cls, type) and cls.__module__.startswith('torch.'):
             given = {name: value for name, value in config.items() if name not in ('type', 'requires_grad')}
             check_call(f'{owner}: `{argument}`', cls, (), given, filled=inspect.signature(cls).parameters)
+        if argument == 'norm_cfg':  # torch takes any number here
+            if config.get('eps') is not None:
+                check_positive(f'{owner}: `{argument}`', 'eps', config['eps'])
+            if config.get('momentum') is not None:
+                check_finite_number(f'{owner}: `{argument}`', 'momentum', config['momentum'], minimum=0, maximum=1)
         settings: dict[str, Any] = {'act_cfg': None, argument: dict(config)}
         try:
             with torch.random.fork_rng(devices=[]):  # a convolution draws its weights

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from mmstructkd.connectors.base import MAX_KERNEL, Connector, check_input, check_width
-from mmstructkd.errors import ConfigError, ShapeError, TapError, check_count, suggest
+from mmstructkd.errors import ConfigError, ShapeError, TapError, check_count, is_count, suggest
 from mmstructkd.layers import check_layers
 from mmstructkd.randomness import own_stream
 from mmstructkd.registry import MODELS
@@ -191,6 +191,6 @@ def _expected_width(head: nn.Module) -> int | None:
     for module in head.modules():
         for name in ('in_channels', 'in_features', 'num_features', 'num_channels'):
             width = getattr(module, name, None)
-            if isinstance(width, int) and not isinstance(width, bool):
+            if is_count(width):
                 return width
     return None

@@ -33,7 +33,7 @@ from mmstructkd.distillers.loading import DISTILLER, _drop_pretrained
 from mmstructkd.distillers.probing import explain_cut
 from mmstructkd.distillers.structured_distiller import Observation, StructuredDistiller
 from mmstructkd.distillers.term import Term
-from mmstructkd.errors import CheckpointError, ConfigError, TapError
+from mmstructkd.errors import CheckpointError, ConfigError, TapError, is_count
 from mmstructkd.registry import MODELS
 from mmstructkd.weights import tensors_in
 
@@ -606,7 +606,7 @@ def measure_cost(distiller: StructuredDistiller, batch: Mapping[str, Any], *, ru
     Raises:
         ConfigError: ``runs`` is no integer above 0.
     """
-    if isinstance(runs, bool) or not isinstance(runs, int) or runs < 1:
+    if not is_count(runs) or runs < 1:
         raise ConfigError(f'measure_cost: `runs` must be an integer above 0, got {runs!r}.')
     with training_info():
         times, peaks = _run_in_turn(distiller, batch, runs)

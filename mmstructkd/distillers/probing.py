@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from mmstructkd.compat import current_config, without_pretrained
 from mmstructkd.distillers.batches import fixed_size, needs_of, pipeline_size, synthetic_batch
 from mmstructkd.distillers.targets import probe_samples
-from mmstructkd.errors import ConfigError, TapError
+from mmstructkd.errors import ConfigError, TapError, is_count
 from mmstructkd.taps import (
     Capture,
     ForwardFailed,
@@ -133,7 +133,7 @@ def check_probe_size(size: Any) -> tuple[int, int] | None:
     if size is None:
         return None
     sides = list(size) if isinstance(size, (tuple, list)) else []
-    if len(sides) != 2 or not all(isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in sides):
+    if len(sides) != 2 or not all(is_count(side) and side > 0 for side in sides):
         raise ConfigError(
             f'StructuredDistiller: `probe_size` must be two whole numbers (h, w) above 0, got {size!r}. '
             'Write the size that training feeds, e.g. probe_size=(512, 1024), or leave it out.'

@@ -25,7 +25,7 @@ from mmengine.dist import get_dist_info
 from mmengine.logging import print_log
 from torch import Tensor
 
-from mmstructkd.errors import ConfigError
+from mmstructkd.errors import ConfigError, is_count
 
 __all__ = ['Narrow', 'TapStore', 'narrow', 'widen']
 
@@ -169,7 +169,7 @@ def _checksum(head: Mapping[str, Any], body: bytes | bytearray) -> int:
 
 def _whole(value: Any, least: int) -> int:
     """A whole number of a file's head."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    if not is_count(value) or value < least:
         raise ValueError(value)
     return value
 

@@ -18,7 +18,7 @@ from mmstructkd.distillers.folding import fold_batch_norm
 from mmstructkd.distillers.loading import build_network, load_weights, model_config
 from mmstructkd.distillers.normalization import InputConversion, check_network, cover_input
 from mmstructkd.distillers.teacher_cache import TeacherCache, hash_of, preprocessing, weights_hash
-from mmstructkd.errors import ConfigError, TapError, check_flag, shown
+from mmstructkd.errors import ConfigError, TapError, check_flag, is_count, shown
 from mmstructkd.randomness import own_stream
 from mmstructkd.registry import MODELS
 from mmstructkd.taps import (
@@ -161,7 +161,7 @@ class FrozenTeacher(TeacherSource):
         for name, text in (('checkpoint', checkpoint), ('prefix', prefix)):
             if text is not None and not isinstance(text, (str, os.PathLike) if name == 'checkpoint' else str):
                 raise ConfigError(f'FrozenTeacher: `{name}` must be a string, got {shown(text)}.')
-        if isinstance(every, bool) or not isinstance(every, int) or not 1 <= every <= 10**9:
+        if not is_count(every) or not 1 <= every <= 10**9:
             raise ConfigError(f'FrozenTeacher: `every` must be a whole number of at least 1, got {every!r}.')
         self.fuse_conv_bn, self.every = fuse_conv_bn, every
         self._execution = Execution(dtype=dtype, channels_last=channels_last, compiled=compile)

@@ -16,7 +16,15 @@ from torch import Tensor, nn
 from mmstructkd.compat import pad_value, swaps_channels
 from mmstructkd.distillers.normalization import inner_preprocessor, pad_divisor
 from mmstructkd.distillers.tap_store import DTYPES, Narrow, TapStore, narrow, widen
-from mmstructkd.errors import CheckpointError, ConfigError, check_finite_number, check_one_of, check_positive, suggest
+from mmstructkd.errors import (
+    CheckpointError,
+    ConfigError,
+    check_finite_number,
+    check_one_of,
+    check_positive,
+    is_count,
+    suggest,
+)
 from mmstructkd.taps import Tap
 
 __all__ = ['VIEW', 'TeacherCache', 'hash_of', 'preprocessing', 'unrepeatable_steps', 'weights_hash']
@@ -216,7 +224,7 @@ class TeacherCache:
         check_one_of(owner, 'cache.dtype', dtype, tuple(DTYPES))
         check_positive(owner, 'cache.max_gb', max_gb)
         check_finite_number(owner, 'cache.tolerance', tolerance, minimum=0)
-        if isinstance(check, bool) or not isinstance(check, int) or check < 0:
+        if not is_count(check) or check < 0:
             raise ConfigError(f'{owner}: `cache.check` must be a whole number of at least 0, got {check!r}.')
         if not isinstance(folder, (str, os.PathLike)) or not os.fspath(folder) or '\0' in str(os.fspath(folder)):
             raise ConfigError(f'{owner}: `cache.folder` must be the path of a folder, got {folder!r}.')
@@ -227,7 +235,7 @@ class TeacherCache:
             )
         self.topk: dict[Tap, int] = {}
         for text, count in (topk or {}).items():
-            if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            if not is_count(count) or count < 1:
                 raise ConfigError(
                     f'{owner}: `cache.topk` must give a number of at least 1 for each tap, got {text!r}: {count!r}.'
                 )

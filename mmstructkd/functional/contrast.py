@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from mmstructkd.errors import ConfigError, ShapeError, check_flag, check_ndim, check_positive, check_same
+from mmstructkd.errors import ConfigError, ShapeError, check_flag, check_ndim, check_positive, check_same, is_count
 from mmstructkd.functional.nodes import similarity_kl_sum, unit_vectors
 from mmstructkd.functional.precision import exact_matmul, full_precision
 from mmstructkd.functional.reduce import masked_mean, mean_of_sum
@@ -379,7 +379,7 @@ def sinkhorn_loss(
     owner = 'sinkhorn_loss'
     check_positive(owner, 'epsilon', epsilon)
     check_flag(owner, 'detach_teacher', detach_teacher)
-    if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
+    if not is_count(iterations) or iterations < 1:
         raise ConfigError(f'{owner}: `iterations` must be an integer of at least 1, got {iterations!r}.')
     counts, _ = _instances(owner, student, teacher, None, valid)
     if detach_teacher:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mmstructkd.errors import ConfigError, ShapeError, check_finite_number, check_ndim
+from mmstructkd.errors import ConfigError, ShapeError, check_finite_number, check_ndim, is_count
 from mmstructkd.functional.nodes import norm_floor, unit_vectors
 from mmstructkd.functional.precision import exact_matmul, full_precision
 from mmstructkd.functional.reduce import masked_mean
@@ -150,7 +150,7 @@ def cross_view_similarity_loss(
     owner = 'cross_view_similarity_loss'
     check_temperature(owner, temperature)
     _check_share(owner, keep)
-    if isinstance(views, bool) or not isinstance(views, int) or views < 2:
+    if not is_count(views) or views < 2:
         raise ConfigError(f'{owner}: `views` must be an integer of at least 2, got {views!r}.')
     for name, tensor in (('student', student), ('teacher', teacher)):
         check_ndim(owner, name, tensor, 2, '(V B, D)')

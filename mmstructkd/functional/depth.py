@@ -16,7 +16,15 @@ import torch
 import torch.nn.functional as torch_functional
 from torch import Tensor
 
-from mmstructkd.errors import ConfigError, ShapeError, check_finite_number, check_flag, check_positive, check_same
+from mmstructkd.errors import (
+    ConfigError,
+    ShapeError,
+    check_finite_number,
+    check_flag,
+    check_positive,
+    check_same,
+    is_count,
+)
 from mmstructkd.functional.precision import full_precision
 from mmstructkd.functional.reduce import masked_mean, mean_of_sum, nan_unless_finite, valid_pixels
 from mmstructkd.functional.sampling import draw_positions
@@ -418,7 +426,7 @@ def gradient_matching_loss(
 
 
 def _check_count(owner: str, argument: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if not is_count(value) or value < 1:
         raise ConfigError(f'{owner}: `{argument}` must be an integer of at least 1, got {value!r}.')
 
 

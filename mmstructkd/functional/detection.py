@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as torch_functional
 from torch import Tensor
 
-from mmstructkd.errors import ConfigError, ShapeError, check_ndim, check_one_of, check_same
+from mmstructkd.errors import ConfigError, ShapeError, check_ndim, check_one_of, check_same, is_count
 from mmstructkd.functional.precision import full_precision
 from mmstructkd.functional.reduce import mean_of_sum, nan_unless_finite, valid_pixels
 from mmstructkd.functional.softening import LOWEST, check_temperature, divided, kl_along
@@ -159,7 +159,7 @@ def localization_kl_loss(
     check_temperature(owner, temperature)
     check_one_of(owner, 'bin_reduction', bin_reduction, ('sum', 'mean'))
     check_one_of(owner, 'reduction', reduction, ('mean', 'sum'))
-    if isinstance(edges, bool) or not isinstance(edges, int) or edges < 1:
+    if not is_count(edges) or edges < 1:
         raise ConfigError(f'{owner}: `edges` must be an integer above 0, got {edges!r}.')
     for name, logits in (('student', student), ('teacher', teacher)):
         check_ndim(owner, name, logits, (2, 4), '(B, 4 (n + 1), H, W) or (M, n + 1)')
@@ -248,7 +248,7 @@ def binary_kl_loss(
     check_temperature(owner, temperature)
     if isinstance(normalizer, str):
         check_one_of(owner, 'normalizer', normalizer, ('weights', 'positions'))
-    if isinstance(anchors, bool) or not isinstance(anchors, int) or anchors < 1:
+    if not is_count(anchors) or anchors < 1:
         raise ConfigError(f'{owner}: `anchors` must be an integer above 0, got {anchors!r}.')
     for name, logits in (('student', student), ('teacher', teacher)):
         check_ndim(owner, name, logits, (2, 4), '(B, A K, H, W) or (M, K)')

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as torch_functional
 from torch import Tensor
 
-from mmstructkd.errors import ConfigError, ShapeError, check_finite_number, check_ndim, check_same
+from mmstructkd.errors import ConfigError, ShapeError, check_finite_number, check_ndim, check_same, is_count
 from mmstructkd.functional.binary import as_two_classes, two_class_logits
 from mmstructkd.functional.precision import full_precision
 from mmstructkd.functional.reduce import masked_mean, mean_of_sum, nan_unless_finite, valid_pixels
@@ -402,7 +402,7 @@ def zipf_label_loss(
         0.1201
     """
     owner = 'zipf_label_loss'
-    if isinstance(kernel_size, bool) or not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 == 0:
+    if not is_count(kernel_size) or kernel_size < 1 or kernel_size % 2 == 0:
         raise ConfigError(f'{owner}: `kernel_size` must be an odd integer above 0, got {kernel_size!r}.')
     check_ndim(owner, 'student', student, 4, '(B, C, H, W)')
     student, voter = _scores(owner, student, student if teacher is None else teacher)
@@ -463,7 +463,7 @@ def map_logits(logits: Tensor, class_map: Sequence[int]) -> Tensor:
     owner = 'map_logits'
     check_ndim(owner, 'logits', logits, (2, 4), '(B, C, H, W) or (M, C)')
     numbers = list(class_map)
-    if any(isinstance(k, bool) or not isinstance(k, int) or k < -1 for k in numbers):
+    if any(not is_count(k) or k < -1 for k in numbers):
         raise ConfigError(f'{owner}: `class_map` must hold integers of at least -1, got {numbers!r}.')
     reached = sorted(set(numbers) - {-1})
     if not reached or reached != list(range(len(reached))):

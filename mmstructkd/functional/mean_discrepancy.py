@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mmstructkd.errors import ConfigError, ShapeError, check_finite_number, check_ndim
+from mmstructkd.errors import ConfigError, ShapeError, check_finite_number, check_ndim, is_count
 from mmstructkd.functional.precision import exact_matmul, full_precision
 
 __all__ = ['mean_discrepancy_loss']
@@ -82,7 +82,7 @@ def mean_discrepancy_loss(
         6.56
     """
     owner = 'mean_discrepancy_loss'
-    if isinstance(kernels, bool) or not isinstance(kernels, int) or kernels < 1:
+    if not is_count(kernels) or kernels < 1:
         raise ConfigError(f'{owner}: `kernels` must be an integer above 0, got {kernels!r}.')
     check_finite_number(owner, 'spread', spread, minimum=1)
     source, counts_s = _checked(owner, 'source', source, source_valid)

@@ -11,7 +11,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mmstructkd.errors import ConfigError, ShapeError, check_finite_number, check_ndim, check_positive, check_same
+from mmstructkd.errors import (
+    ConfigError,
+    ShapeError,
+    check_finite_number,
+    check_ndim,
+    check_positive,
+    check_same,
+    is_count,
+)
 from mmstructkd.functional.nodes import norm_floor, unit_vectors
 from mmstructkd.functional.precision import exact_matmul, full_precision
 from mmstructkd.functional.reduce import masked_mean
@@ -242,7 +250,7 @@ def prototype_contrast_loss(
     check_ndim(owner, 'student', student, 4, '(B, D, H, W)')
     check_ndim(owner, 'teacher', teacher, 4, '(B, D, H, W)')
     check_same(owner, student, teacher, (0, 1, 2, 3), 'B, D, H and W', 'Embed both in one width and size.')
-    if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
+    if not is_count(num_classes) or num_classes < 1:
         raise ConfigError(f'{owner}: `num_classes` must be an integer above 0, got {num_classes!r}.')
     floor = norm_floor(student, teacher)
     centers = []

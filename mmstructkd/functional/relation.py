@@ -15,7 +15,15 @@ import torch
 import torch.nn.functional as torch_functional
 from torch import Tensor
 
-from mmstructkd.errors import ConfigError, check_finite_number, check_flag, check_ndim, check_positive, check_same
+from mmstructkd.errors import (
+    ConfigError,
+    check_finite_number,
+    check_flag,
+    check_ndim,
+    check_positive,
+    check_same,
+    is_count,
+)
 from mmstructkd.functional.affinity import _offsets, _shifted, _wide
 from mmstructkd.functional.nodes import (
     as_sets,
@@ -305,7 +313,7 @@ def correlation_congruence_loss(
     """
     owner = 'correlation_congruence_loss'
     check_positive(owner, 'gamma', gamma)
-    if isinstance(order, bool) or not isinstance(order, int) or order < 1:
+    if not is_count(order) or order < 1:
         raise ConfigError(f'{owner}: `order` must be an integer of at least 1, got {order!r}.')
     floor = norm_floor(student, teacher)
     set_s, set_t, counts = as_sets(owner, student, teacher.detach(), valid)
@@ -457,7 +465,7 @@ def local_structure_loss(
         True
     """
     owner = 'local_structure_loss'
-    if isinstance(radius, bool) or not isinstance(radius, int) or radius < 1:
+    if not is_count(radius) or radius < 1:
         raise ConfigError(f'{owner}: `radius` must be an integer of at least 1, got {radius!r}.')
     check_temperature(owner, temperature)
     check_flag(owner, 'include_self', include_self)

@@ -6,14 +6,14 @@ import bisect
 import math
 from collections.abc import Sequence
 
-from mmstructkd.errors import ConfigError, check_finite_number
+from mmstructkd.errors import ConfigError, check_finite_number, is_count
 
 __all__ = ['equal_hardness_route', 'equal_interval_route', 'next_stop', 'route_stage']
 
 
 def _check_count(owner: str, argument: str, value: int, most: int | None = None) -> None:
     rule = 'be an integer above 0' + ('' if most is None else f', at most {most}')
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1 or (most is not None and value > most):
+    if not is_count(value) or value < 1 or (most is not None and value > most):
         raise ConfigError(f'{owner}: `{argument}` must {rule}, got {value!r}.')
 
 
@@ -139,7 +139,7 @@ def next_stop(hardness: Sequence[float], current: int, *, ratio: float) -> int:
     owner = 'next_stop'
     values = _checked(owner, hardness)
     check_finite_number(owner, 'ratio', ratio, minimum=1)
-    if isinstance(current, bool) or not isinstance(current, int) or not 0 <= current < len(values) - 1:
+    if not is_count(current) or not 0 <= current < len(values) - 1:
         raise ConfigError(
             f'{owner}: `current` must be the number of a stop with another behind it, '
             f'from 0 to {len(values) - 2}, got {current!r}.'

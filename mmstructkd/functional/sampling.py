@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mmstructkd.errors import ConfigError, ShapeError
+from mmstructkd.errors import ConfigError, ShapeError, is_count
 
 __all__ = ['draw_positions']
 
@@ -63,7 +63,7 @@ def draw_positions(stream: Tensor, images: Tensor, *, count: int, arity: int, si
     if images.dim() != 1:
         raise ShapeError(f'{owner}: `images` must have shape (B,), got {tuple(images.shape)}.')
     for name, value in (('count', count), ('arity', arity), ('size', size)):
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= 2**31:
+        if not is_count(value) or not 0 < value <= 2**31:
             raise ConfigError(f'{owner}: `{name}` must be an integer from 1 to 2**31, got {value!r}.')
     seed, step = stream[0], stream[1]
     # One round for each number: all of them enter the hash, and 0 is no fixed point.

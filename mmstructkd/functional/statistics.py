@@ -6,14 +6,12 @@ that count.
 
 from __future__ import annotations
 
-from math import isfinite
-from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mmstructkd.errors import ConfigError, check_ndim, check_one_of, check_positive, check_same
+from mmstructkd.errors import ConfigError, check_ndim, check_one_of, check_positive, check_same, is_finite_number
 from mmstructkd.functional.precision import full_precision
 from mmstructkd.functional.reduce import masked_mean, mean_of_sum, valid_pixels
 
@@ -220,8 +218,7 @@ def feature_mse_loss(
 
 def check_power(owner: str, power: Any) -> None:
     """Raise :class:`ConfigError` unless ``power`` is a finite number of at least 1."""
-    number = isinstance(power, Real) and not isinstance(power, bool)
-    if not number or not isfinite(power) or power < 1:
+    if not is_finite_number(power) or power < 1:
         raise ConfigError(
             f'{owner}: `power` must be a finite number of at least 1, got {power!r}. '
             'Below 1 the gradient at a feature of 0 has no bound.'
