@@ -209,6 +209,8 @@ DETECTORS = [
 
 @pytest.mark.parametrize(('path', 'changes', 'tap', 'size'), DETECTORS)
 def test_detectors(path: str, changes: dict, tap: Any, size: tuple[int, int]) -> None:
+    if 'boxinst' in path:
+        pytest.importorskip('skimage', reason='BoxInst makes its masks with scikit-image')
     cfg = zoo(f'mmdet::{path}', changes)
     step(distil(cfg, dict(term=dict(tap=tap, loss=CHANNEL))), cfg, size)
 
