@@ -160,7 +160,12 @@ def _prepared(reference: str) -> Any:
     if '::' in reference:
         scope, _, inner = reference.partition('::')
         path = str(config_root(scope) / inner)
-    return Config.fromfile(path)
+    cfg = Config.fromfile(path)
+    named = cfg.get('model', {}).get('teacher_config')
+    if '::' in reference and isinstance(named, str) and not Path(named).exists():
+        # mmdet's own distilling detectors name their teacher from the root of its repository
+        cfg.model.teacher_config = str(config_root(scope) / named.removeprefix('configs/'))
+    return cfg
 
 
 def _step(model: Any, batch: Mapping[str, Any], cfg: Any) -> dict[str, float]:

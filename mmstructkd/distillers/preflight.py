@@ -245,6 +245,10 @@ def build_distiller(cfg: Config, *, random_init: bool = False) -> StructuredDist
         try:
             with compat.config_at_hand(cfg):
                 distiller = MODELS.build(model)
+        except FileNotFoundError as err:
+            raise ConfigError(
+                f'{OWNER}: a network must find the files that its config names, got {err}. Give their full path.'
+            ) from err
         except OSError as err:
             if not random_init:
                 raise

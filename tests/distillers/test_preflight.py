@@ -18,6 +18,7 @@ from mmstructkd.compat import without_pretrained
 from mmstructkd.distillers import StructuredDistiller
 from mmstructkd.distillers.batches import needs_of, synthetic_batch
 from mmstructkd.distillers.preflight import build_distiller, measure_cost, peak_factor, try_batch
+from mmstructkd.distillers.targets import collect_targets
 from mmstructkd.errors import ConfigError
 from mmstructkd.losses.base import DistillLoss
 from mmstructkd.registry import MODELS
@@ -270,6 +271,25 @@ def test_needs_are_those_of_the_network_or_its_pipeline() -> None:
     assert (first.proposals.bboxes[:, 2:] >= first.proposals.bboxes[:, :2]).all()
 
 
+def test_class_maps_have_the_stride_of_the_pipeline() -> None:
+    """And terms see them at the size of the input all the same."""
+    detector = MODELS.build(toy_detector('mask_rcnn', 2))
+    detector.roi_head.semantic_head = nn.Identity()
+    detector.roi_head.semantic_head.num_classes = 7
+    pipeline = [dict(type='LoadAnnotations', with_bbox=True, with_mask=True, with_seg=True)]
+    cfg = dict(train_dataloader=dict(dataset=dict(type='X', pipeline=pipeline)))
+    for scale in (1.0, 0.125):
+        needs = needs_of(detector, cfg)
+        assert (needs.semantic, needs.semantic_scale) == (7, scale)
+        batch = synthetic_batch(detector, (64, 96), 2, needs=needs)
+        (stored, _) = (sample.gt_sem_seg.sem_seg for sample in batch['data_samples'])
+        assert stored.shape == (1, round(64 * scale), round(96 * scale))
+        labels = collect_targets(detector, batch['inputs'], batch['data_samples']).labels
+        assert labels.shape == (2, 64, 96)
+        assert torch.equal(labels[0, :: round(1 / scale), :: round(1 / scale)], stored[0])
+        pipeline.append(dict(type='SegRescale', scale_factor=0.125))
+
+
 def edge_of(labels: Tensor) -> Tensor:
     """Pixels with a neighbour of another class, one by one."""
     out = torch.zeros(labels.shape, dtype=torch.bool)
@@ -326,6 +346,23 @@ def test_random_init_reads_nothing(init: Any, monkeypatch: pytest.MonkeyPatch) -
     cfg.model.student = student
     cfg.load_from = 'nowhere.pth'
     build_distiller(cfg, random_init=True)
+
+
+def test_files_that_a_network_needs_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A text encoder that is not in the cache, and a file of a config that is nowhere."""
+    from mmseg.models import EncoderDecoder
+
+    for error, message in (
+        (OSError("We couldn't connect to load 'bert-base-uncased'.\nmore"), "needs files .*'bert-base-uncased'"),
+        (FileNotFoundError(2, 'No such file', 'configs/x.py'), 'files that its config names, got .*configs/x.py'),
+    ):
+
+        def build_encoder(self: Any, *args: Any, error: OSError = error, **kwargs: Any) -> None:
+            raise error
+
+        monkeypatch.setattr(EncoderDecoder, '__init__', build_encoder)
+        with pytest.raises(ConfigError, match=message):
+            build_distiller(starts_from(), random_init=True)
 
 
 def test_weights_that_stand_in_the_code() -> None:

@@ -17,9 +17,10 @@ from torch.utils.checkpoint import checkpoint
 from mmstructkd.compat import alone, config_at_hand
 from mmstructkd.distillers import StructuredDistiller
 from mmstructkd.distillers.batches import fixed_size, pipeline_size, synthetic_batch, training_info
-from mmstructkd.distillers.probing import probe_sizes
+from mmstructkd.distillers.probing import probe_sizes, probe_student
 from mmstructkd.errors import ConfigError, TapError
 from mmstructkd.registry import MODELS
+from mmstructkd.taps import Tap
 from mmstructkd.testing import toy_batch, toy_config, toy_detector, toy_distiller, toy_segmentor, toy_terms
 
 PIXEL = dict(type='mmstructkd.PixelwiseKLLoss')
@@ -335,6 +336,23 @@ def test_the_student_is_as_it_was(tap: str) -> None:
     assert dict(MessageHub.get_current_instance().runtime_info) == hub
 
 
+def test_parameters_that_train_freezes_are_frozen_by_training_alone() -> None:
+    from mmseg.models import EncoderDecoder
+
+    class Freezing(EncoderDecoder):
+        def train(self, mode: bool = True) -> Any:
+            self.backbone.layer1.requires_grad_(False)
+            return super().train(mode)
+
+    MODELS.register_module(name='Freezing', module=Freezing)
+    try:
+        student = MODELS.build(toy_segmentor(4, type='mmstructkd.Freezing')).requires_grad_(True)
+    finally:
+        MODELS.module_dict.pop('Freezing')
+    model = StructuredDistiller(student, dict(config=toy_segmentor(4), allow_random=True), TERMS)
+    assert all(parameter.requires_grad for parameter in model.student.parameters())
+
+
 def test_a_student_that_cannot_be_copied_is_put_back() -> None:
     """It keeps a tensor of an earlier batch, with its graph."""
     student = MODELS.build(toy_segmentor(4)).train()
@@ -539,6 +557,16 @@ def test_alone_hides_the_other_processes() -> None:
         assert torch.distributed.is_initialized()
     finally:
         torch.distributed.is_initialized = asked
+
+
+def test_a_probe_moves_with_all_it_holds() -> None:
+    tap = Tap.parse('decode_head.conv_seg')
+    seen = probe_student(MODELS.build(toy_segmentor(2)), [tap], (48, 64))
+    moved = seen.to('meta')
+    assert moved.inputs.is_meta
+    assert moved.capture.records[tap][0].is_meta
+    assert all(boxes.is_meta for boxes in moved.regions.boxes)
+    assert moved.regions.branches == seen.regions.branches
 
 
 def test_another_device_is_tried_last(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from mmstructkd.compat import without_pretrained
 from mmstructkd.distillers import StructuredDistiller
 from mmstructkd.distillers.batches import needs_of, synthetic_batch, training_info
 from mmstructkd.distillers.loading import _drop_pretrained
+from mmstructkd.errors import ShapeError, TapError
 from mmstructkd.registry import MODELS
 
 PIXEL = dict(type='mmstructkd.PixelwiseKLLoss')
@@ -208,5 +209,47 @@ DETECTORS = [
 
 @pytest.mark.parametrize(('path', 'changes', 'tap', 'size'), DETECTORS)
 def test_detectors(path: str, changes: dict, tap: Any, size: tuple[int, int]) -> None:
+    if 'boxinst' in path:
+        pytest.importorskip('skimage', reason='BoxInst makes its masks with scikit-image')
     cfg = zoo(f'mmdet::{path}', changes)
     step(distil(cfg, dict(term=dict(tap=tap, loss=CHANNEL))), cfg, size)
+
+
+DETR = 'mmdet::detr/detr_r50_8xb2-150e_coco.py'
+
+
+@pytest.mark.parametrize(
+    ('path', 'tap', 'error', 'message'),
+    [
+        # six layers of the decoder in one tensor: no image comes first
+        (
+            DETR,
+            'bbox_head.fc_cls',
+            TapError,
+            r"the images on its first axis, got \(6, 1, 100, 81\) for 1 image at 'bbox",
+        ),
+        (DETR, 'bbox_head.fc_cls[5]', TapError, 'got one tensor of shape'),
+        # tokens that cover the image become a map, and queries do not
+        (DETR, 'encoder.layers.5', ShapeError, "gave tokens .*connector=dict\\(type='mmstructkd.TokensToMapConnector'"),
+        (DETR, 'decoder.layers.5', ShapeError, r'lie nowhere in the image \(queries\)'),
+    ],
+)
+def test_hints_fit_the_network(path: str, tap: str, error: type, message: str) -> None:
+    cfg = zoo(path)
+    with pytest.raises(error, match=message) as caught:
+        distil(cfg, dict(term=dict(tap=tap, loss=CHANNEL)))
+    assert ('TokensToMap' in str(caught.value)) == ('encoder' in tap)
+
+
+def test_the_connector_of_the_hint_works() -> None:
+    cfg = zoo(DETR)
+    connector = dict(type='mmstructkd.TokensToMapConnector')
+    step(distil(cfg, dict(term=dict(tap='encoder.layers.5', loss=CHANNEL, connector=connector))), cfg, (96, 128))
+
+
+def test_a_head_with_queries_of_its_own() -> None:
+    """Sparse R-CNN's RoI head takes more than features and regions: named, not a TypeError."""
+    cfg = zoo('mmdet::sparse_rcnn/sparse-rcnn_r50_fpn_1x_coco.py')
+    with pytest.raises(TapError, match='SparseRCNN'):
+        distil(cfg, dict(term=dict(tap='roi_head.bbox_head.5.fc_cls', loss=PIXEL)))
+    step(distil(cfg, dict(term=dict(tap='neck[*]', loss=CHANNEL))), cfg, (96, 128))
