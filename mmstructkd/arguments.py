@@ -335,6 +335,7 @@ def checked(cls: type[T]) -> type[T]:
         if name is None:
             init(self, *args, **kwargs)
             return
+        cause: Exception | None = None
         if takes.hints[name] not in _FLAGS:
             # The constructor's own refusal says more (a range, a way out), so it is asked first. Not for a flag:
             # there is no more to say, and what it guards must not happen.
@@ -343,9 +344,10 @@ def checked(cls: type[T]) -> type[T]:
             except ConfigError as err:
                 if f'`{name}' in str(err):
                     raise
-            except Exception:  # it tripped over the value: the refusal below says over which
-                pass
-        raise ConfigError(_refusal(owner, takes, name, given[name]))
+                cause = err
+            except Exception as err:  # it tripped over the value: the refusal says over which, and names this as cause
+                cause = err
+        raise ConfigError(_refusal(owner, takes, name, given[name])) from cause
 
     setattr(__init__, _MARK, True)
     cls.__init__ = __init__  # type: ignore[misc]

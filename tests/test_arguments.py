@@ -502,6 +502,17 @@ def test_a_refused_flag_stops_before_the_constructor_runs():
     assert seen == []
 
 
+def test_what_the_constructor_tripped_over_is_the_cause():
+    @checked
+    class Sized:
+        def __init__(self, size: int) -> None:
+            self.half = size // 2
+
+    with pytest.raises(ConfigError, match='Sized: `size`') as caught:
+        Sized('large')
+    assert isinstance(caught.value.__cause__, TypeError)
+
+
 def test_a_registered_class_of_others_is_held_to_its_annotations(monkeypatch):
     monkeypatch.setattr(MODELS, '_module_dict', dict(MODELS.module_dict))
 

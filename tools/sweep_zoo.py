@@ -103,7 +103,8 @@ def _trains_a_model(path: Path) -> bool:
 
     try:
         cfg = Config.fromfile(path)
-    except Exception:  # whatever a config of the zoo runs into: it is no candidate, another one of its folder is
+    except Exception as err:  # whatever a config of the zoo runs into: it is no candidate, another one of its folder is
+        print(f'{path.parent.name}/{path.name} cannot be read: {first_line(err)}', file=sys.stderr)
         return False
     return cfg.get('model') is not None and cfg.get('train_dataloader') is not None
 

@@ -21,7 +21,7 @@ from mmstructkd.errors import CheckpointError, ConfigError
 from mmstructkd.registry import build_part
 from mmstructkd.weights import check_values, describe_mismatch, take_prefix, tensors_in
 
-__all__ = ['build_network', 'file_hash', 'load_student', 'load_weights', 'student_config']
+__all__ = ['build_network', 'file_hash', 'init_without_weights', 'load_student', 'load_weights', 'student_config']
 
 DISTILLER = 'mmstructkd.StructuredDistiller'
 
@@ -139,6 +139,24 @@ def model_config(config: str | Mapping[str, Any], owner: str) -> ConfigDict:
         model.setdefault('_scope_', scope)
     _drop_pretrained(model)
     return model
+
+
+def init_without_weights(network: nn.Module, *, level: int = logging.WARNING) -> None:
+    """Initialise a network whose pretrained weights were left out.
+
+    Some networks have an initialiser only for those weights, which trips over
+    their absence: they stay as they were built, and the log says so.
+
+    Args:
+        network: with the ``init_weights`` of mmengine.
+        level: of the line in the log.
+    """
+    try:
+        network.init_weights()
+    except (AttributeError, KeyError, TypeError) as err:
+        print_log(
+            f'{type(network).__name__} stays as it was built: {type(err).__name__}: {err}', 'current', level=level
+        )
 
 
 def _drop_pretrained(config: Any) -> None:

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from mmengine.config import Config
-from mmengine.logging import print_log
 from mmengine.model import BaseModel
 from mmengine.registry import init_default_scope
 from mmengine.runner import set_random_seed
@@ -29,7 +28,7 @@ from mmstructkd import compat
 from mmstructkd.checkpoints import IN_CONFIG, consented, read_checkpoint, trusts
 from mmstructkd.distillers.batches import training_info
 from mmstructkd.distillers.class_names import check_class_names, names_of_config, names_of_teacher
-from mmstructkd.distillers.loading import DISTILLER, _drop_pretrained
+from mmstructkd.distillers.loading import DISTILLER, _drop_pretrained, init_without_weights
 from mmstructkd.distillers.probing import explain_cut
 from mmstructkd.distillers.structured_distiller import Observation, StructuredDistiller
 from mmstructkd.distillers.term import Term
@@ -258,13 +257,10 @@ def build_distiller(cfg: Config, *, random_init: bool = False) -> StructuredDist
                 f'({reason}). Put them into the cache first, e.g. by building it once without --random-init.'
             ) from err
         check_class_names(distiller.terms.values(), names_of_config(cfg), names_of_teacher(distiller.teacher))
-        try:
+        if random_init:
+            init_without_weights(distiller)
+        else:
             distiller.init_weights()
-        except (AttributeError, KeyError, TypeError) as err:
-            if not random_init:
-                raise
-            # some networks have an initialiser only for the weights that were left out
-            print_log(f'The student stays as it was built: {type(err).__name__}: {err}', 'current', level=30)
         if cfg.get('load_from') and not random_init:
             _load_from(distiller, cfg.load_from)
     if getattr(distiller.teacher, 'cache', None) is not None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from mmstructkd.compat import current_config, without_pretrained
 from mmstructkd.distillers.batches import fixed_size, needs_of, pipeline_size, synthetic_batch
+from mmstructkd.distillers.loading import init_without_weights
 from mmstructkd.distillers.targets import probe_samples
 from mmstructkd.errors import ConfigError, TapError, is_count
 from mmstructkd.taps import (
@@ -186,11 +188,12 @@ def _stand_in(network: nn.Module, *, initialised: bool = False) -> Iterator[nn.M
             stack.callback(parameter.requires_grad_, parameter.requires_grad)
         try:
             twin = copy.deepcopy(network, shared)
-        except (RuntimeError, TypeError, NotImplementedError):  # what it keeps of an earlier batch may have a graph
+        except (RuntimeError, TypeError, NotImplementedError) as err:  # an earlier batch's tensor may have a graph
+            print_log(f'The student itself is probed, it cannot be copied: {err}', 'current', level=logging.DEBUG)
             twin = stack.enter_context(_restored(network))
         if initialised and twin is not network:
-            with without_pretrained(), contextlib.suppress(AttributeError, KeyError, TypeError):
-                twin.init_weights()
+            with without_pretrained():
+                init_without_weights(twin, level=logging.DEBUG)
         twin.train()
         for module in twin.modules():
             if 'BatchNorm' in type(module).__name__:
@@ -209,7 +212,7 @@ def _restored(network: nn.Module) -> Iterator[nn.Module]:
             module,
             dict(vars(module)),
             dict(module._modules),
-            {name: (buffer, buffer.clone()) for name, buffer in module._buffers.items() if buffer is not None},
+            {name: (buffer, None if buffer is None else buffer.clone()) for name, buffer in module._buffers.items()},
         )
         for module in network.modules()
     ]
@@ -221,8 +224,9 @@ def _restored(network: nn.Module) -> Iterator[nn.Module]:
             vars(module).update(attributes)
             module._modules.clear()
             module._modules.update(children)
+            module._buffers.clear()  # what was registered meanwhile goes
             for name, (buffer, values) in buffers.items():
-                module._buffers[name] = buffer.copy_(values)
+                module._buffers[name] = buffer if values is None else buffer.copy_(values)
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from mmstructkd.compat import alone, config_at_hand
-from mmstructkd.distillers import StructuredDistiller
+from mmstructkd.distillers import StructuredDistiller, loading
 from mmstructkd.distillers.batches import fixed_size, pipeline_size, synthetic_batch, training_info
 from mmstructkd.distillers.probing import probe_sizes, probe_student
 from mmstructkd.errors import ConfigError, TapError
@@ -362,11 +363,38 @@ def test_a_student_that_cannot_be_copied_is_put_back() -> None:
     before = {name: value.clone() for name, value in student.state_dict().items()}
     student.backbone.layer1.eval()
     modes = [module.training for module in student.modules()]
+    student.register_buffer('size_seen', None)
+
+    def remember(module: nn.Module, args: tuple) -> None:
+        """What a network may do with its buffers while it runs."""
+        module.size_seen = torch.tensor(args[0].shape[-2:])
+        module.register_buffer('first_image', args[0][0].detach())
+
+    student.backbone.register_forward_pre_hook(lambda _, args: remember(student, args))
     terms = dict(a=dict(tap='auxiliary_head.convs', loss=CHANNEL))
     StructuredDistiller(student, dict(config=toy_segmentor(4), allow_random=True), terms)
+    assert student.size_seen is None
+    assert not hasattr(student, 'first_image')
+    assert student.state_dict().keys() == before.keys()
     assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
     assert [module.training for module in student.modules()] == modes
     assert student.data_preprocessor.size == (48, 64)
+
+
+def test_an_initialiser_of_weights_that_were_left_out_is_said_to_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[tuple[str, int]] = []
+    monkeypatch.setattr(loading, 'print_log', lambda text, logger, level: said.append((text, level)))
+
+    class Pretrained(nn.Module):
+        def init_weights(self) -> None:
+            raise KeyError('state_dict')
+
+    network = Pretrained()
+    loading.init_without_weights(network)
+    assert said == [("Pretrained stays as it was built: KeyError: 'state_dict'", logging.WARNING)]
+    network.init_weights = lambda: torch.zeros(2) @ torch.zeros(3)  # nothing that missing weights explain
+    with pytest.raises(RuntimeError, match='inconsistent tensor size'):
+        loading.init_without_weights(network)
 
 
 def test_a_student_whose_weights_must_be_there_first() -> None:
