@@ -227,7 +227,7 @@ def test_finished_environment_is_reused_at_once(tmp_path):
     assert (done.returncode, done.stdout, done.stderr) == (0, f'{python}\n', '')
 
 
-def test_run_tests_fails_where_no_test_is_found(tmp_path):
+def test_run_tests_passes_on_the_status_of_pytest(tmp_path):
     # With an environment that is there already: pytest's exit status 5 must reach whoever called.
     stub = tmp_path / 'tools'
     stub.mkdir()
@@ -237,5 +237,7 @@ def test_run_tests_fails_where_no_test_is_found(tmp_path):
     (tmp_path / 'tests').mkdir()
     done = run('bash', stub / 'run_tests.sh', 'tests', cwd=tmp_path)
     assert done.returncode == 5, done.stdout + done.stderr
-    (tmp_path / 'tests' / 'test_a.py').write_text('def test_a():\n    assert True is not False\n')
-    assert run('bash', stub / 'run_tests.sh', cwd=tmp_path).returncode == 0
+    # and so must those of tests that fail and that pass
+    for outcome, status in (('1 + 1 == 3', 1), ('1 + 1 == 2', 0)):
+        (tmp_path / 'tests' / 'test_a.py').write_text(f'def test_a():\n    assert {outcome}\n')
+        assert run('bash', stub / 'run_tests.sh', cwd=tmp_path).returncode == status

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 from mmstructkd.checkpoints import read_checkpoint
-from mmstructkd.testing import toy_config, toy_distiller, toy_segmentor, toy_terms
+from mmstructkd.testing import toy_config, toy_distiller, toy_terms
+from tests.distillers.two_ranks import without_batch_statistics
 
 ROOT = Path(__file__).parents[2]
 PLUGIN = '''
@@ -26,17 +27,6 @@ class FillIgnored(BaseTransform):
         results['gt_seg_map'][results['gt_seg_map'] == 255] = 0
         return results
 '''
-
-
-def without_batch_statistics(width: int) -> dict:
-    """A toy segmentor that sees each image for itself, without dropout."""
-    model = toy_segmentor(width)
-    norm = dict(type='GN', num_groups=2, requires_grad=True)
-    model.backbone.norm_cfg = norm
-    for head in (model.decode_head, model.auxiliary_head):
-        head.norm_cfg = norm
-        head.dropout_ratio = 0.0
-    return model
 
 
 def config(folder: Path, batch_size: int) -> Path:

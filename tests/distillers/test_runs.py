@@ -15,6 +15,7 @@ from mmstructkd.checkpoints import read_checkpoint
 from mmstructkd.errors import CheckpointError, ConfigError
 from mmstructkd.registry import MODELS
 from mmstructkd.testing import toy_config, toy_distiller, toy_segmentor, toy_terms
+from tests.comparison import assert_same
 
 
 def train(cfg: Config) -> Runner:
@@ -27,22 +28,6 @@ def train(cfg: Config) -> Runner:
 def weights(checkpoint: Path | str) -> dict:
     """Read a checkpoint as the safe loader does."""
     return read_checkpoint(str(checkpoint))
-
-
-def same(first: object, second: object, where: str = '') -> None:
-    """Compare two checkpoints' parts to the last bit."""
-    if isinstance(first, torch.Tensor):
-        assert torch.equal(first, second), where
-    elif isinstance(first, dict):
-        assert list(first) == list(second), where
-        for key in first:
-            same(first[key], second[key], f'{where}.{key}')
-    elif isinstance(first, (list, tuple)):
-        assert len(first) == len(second), where
-        for i, (a, b) in enumerate(zip(first, second, strict=True)):
-            same(a, b, f'{where}[{i}]')
-    else:
-        assert first == second, where
 
 
 @pytest.fixture
@@ -87,7 +72,7 @@ def test_the_checkpoint_is_the_student(tmp_path: Path, plain_file: str, load_rep
     kept = content['mmstructkd']['terms']
     assert any('critic' in key for key in kept)
     assert any('connectors' in key for key in kept)
-    same(dict(kept), dict(runner.model.terms.state_dict()))
+    assert_same(dict(kept), dict(runner.model.terms.state_dict()))
     # the config inside the checkpoint builds a plain model that takes the weights
     model = MODELS.build(own.model)
     model.load_state_dict(content['state_dict'], strict=True)
@@ -152,9 +137,9 @@ def test_resume_is_bit_equal(tmp_path: Path, workers: int) -> None:
     first, second = (weights(tmp_path / name / 'iter_6.pth') for name in ('straight', 'stopped'))
     assert first['meta']['iter'] == second['meta']['iter'] == 6
     for part in ('state_dict', 'optimizer', 'param_schedulers'):
-        same(first[part], second[part], part)
-    same(first['mmstructkd']['terms'], second['mmstructkd']['terms'], 'terms')
-    same(first['mmstructkd']['random']['torch'], second['mmstructkd']['random']['torch'], 'torch')
+        assert_same(first[part], second[part], part)
+    assert_same(first['mmstructkd']['terms'], second['mmstructkd']['terms'], 'terms')
+    assert_same(first['mmstructkd']['random']['torch'], second['mmstructkd']['random']['torch'], 'torch')
 
 
 class Interrupt:
@@ -213,7 +198,7 @@ def test_epochs_too(tmp_path: Path) -> None:
     train(stopped)
     first, second = (weights(tmp_path / name / 'epoch_2.pth') for name in ('straight', 'stopped'))
     for part in ('state_dict', 'optimizer'):
-        same(first[part], second[part], part)
+        assert_same(first[part], second[part], part)
 
 
 def test_the_teacher_is_bit_equal_after_training_and_runs_only_where_needed(tmp_path: Path) -> None:
@@ -224,7 +209,7 @@ def test_the_teacher_is_bit_equal_after_training_and_runs_only_where_needed(tmp_
     before = copy.deepcopy(network.state_dict())
     network.backbone.register_forward_hook(lambda *a: calls.append(runner.iter))
     runner.train()
-    same(dict(before), dict(network.state_dict()))
+    assert_same(dict(before), dict(network.state_dict()))
     assert calls == [2]
     assert not any(m.training for m in network.modules())
 

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import pytest
 import torch
 from torch import Tensor
 
 Loss = Callable[..., Tensor]
+
+#: Older releases of torch always multiply exactly on a CPU: there is nothing to switch.
+needs_matmul_switch = pytest.mark.skipif(
+    not hasattr(getattr(torch.backends.mkldnn, 'matmul', None), 'fp32_precision'),
+    reason='this torch has no switch for matrix products on the CPU',
+)
 
 #: Image 0 whole, image 1 in part, image 2 not at all.
 VALID = torch.tensor(

@@ -6,6 +6,7 @@ import torch
 from mmstructkd.errors import ConfigError, ShapeError
 from mmstructkd.functional import affinity
 from mmstructkd.functional import pairwise_affinity_loss as loss
+from tests.functional import checks
 from tests.reference import affinity as reference
 
 # Unequal in every axis, so that swapped ones show.
@@ -312,9 +313,8 @@ def test_no_tensor_of_all_pairs_is_built(monkeypatch):
         assert 0 < largest <= max(2**11, student.numel()), given
 
 
+@checks.needs_matmul_switch
 def test_user_settings_of_matrix_products_do_not_matter():
-    if not hasattr(getattr(torch.backends.mkldnn, 'matmul', None), 'fp32_precision'):
-        pytest.skip('this torch has no switch for matrix products on the CPU')
     student, teacher = torch.randn(1, 96, 16, 16), torch.randn(1, 96, 16, 16)
     want = loss(student, teacher, kernel_size=1, form='closed')
     before = torch.backends.mkldnn.matmul.fp32_precision

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from mmstructkd.functional.precision import exact_matmul, full_precision, promote
+from tests.functional.checks import needs_matmul_switch
 
 
 @full_precision
@@ -59,10 +60,9 @@ def test_wrapper_keeps_name_and_docstring():
     assert loss.__doc__ == 'Say something.'
 
 
+@needs_matmul_switch
 def test_exact_matmul_sets_and_restores():
     matmul = torch.backends.mkldnn.matmul
-    if not hasattr(matmul, 'fp32_precision'):
-        pytest.skip('this torch has no switch for matrix products on the CPU')
     before = matmul.fp32_precision
     try:
         matmul.fp32_precision = 'bf16'

@@ -26,6 +26,7 @@ from mmengine.runner import IterBasedTrainLoop, Runner
 from mmstructkd.checkpoints import read_checkpoint
 from mmstructkd.registry import MODELS
 from mmstructkd.testing import toy_config, toy_distiller, toy_segmentor, toy_terms
+from tests.comparison import assert_same
 
 
 class Interrupt(Hook):
@@ -101,33 +102,15 @@ def run(cfg: Config, *hooks: Hook) -> Runner:
     return runner
 
 
-def same(first: Any, second: Any, where: str = '') -> None:
-    """Compare nested values to the last bit."""
-    if isinstance(first, torch.Tensor):
-        assert torch.equal(first, second), where
-    elif isinstance(first, np.ndarray):
-        assert np.array_equal(first, second), where
-    elif isinstance(first, dict):
-        assert list(first) == list(second), where
-        for key in first:
-            same(first[key], second[key], f'{where}.{key}')
-    elif isinstance(first, (list, tuple)):
-        assert len(first) == len(second), where
-        for i, (a, b) in enumerate(zip(first, second, strict=True)):
-            same(a, b, f'{where}[{i}]')
-    else:
-        assert first == second, where
-
-
 def assert_same_end(straight: Path, stopped: Path, *, also: tuple[str, ...] = ()) -> None:
     """Compare everything that decides how a training goes on."""
     first, second = read_checkpoint(straight), read_checkpoint(stopped)
     for part in ('state_dict', 'optimizer', 'param_schedulers', *also):
-        same(first[part], second[part], part)
+        assert_same(first[part], second[part], part)
     for part in ('iter', 'epoch', 'seed'):
         assert first['meta'][part] == second['meta'][part]
     for part in ('terms', 'processes', 'data', 'random'):
-        same(first['mmstructkd'][part], second['mmstructkd'][part], part)
+        assert_same(first['mmstructkd'][part], second['mmstructkd'][part], part)
 
 
 def assert_exact(

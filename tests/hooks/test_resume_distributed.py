@@ -14,6 +14,7 @@ from mmengine.runner import Runner
 
 from mmstructkd.checkpoints import read_checkpoint
 from mmstructkd.testing import toy_config, toy_distiller, toy_segmentor, toy_terms
+from tests.comparison import assert_same
 
 ROOT = Path(__file__).parents[2]
 
@@ -41,21 +42,6 @@ def run(cfg: Config, path: Path, *options: str) -> str:
     return done.stdout + done.stderr
 
 
-def same(first: object, second: object, where: str) -> None:
-    if isinstance(first, torch.Tensor):
-        assert torch.equal(first, second), where
-    elif isinstance(first, dict):
-        assert list(first) == list(second), where
-        for key in first:
-            same(first[key], second[key], f'{where}.{key}')
-    elif isinstance(first, (list, tuple)):
-        assert len(first) == len(second), where
-        for i, (a, b) in enumerate(zip(first, second, strict=True)):
-            same(a, b, f'{where}[{i}]')
-    else:
-        assert first == second, where
-
-
 def test_each_process_goes_on_with_its_own_streams(tmp_path: Path) -> None:
     straight, resumed = tmp_path / 'straight', tmp_path / 'resumed'
     run(config(straight), tmp_path / 'straight.py')
@@ -68,9 +54,9 @@ def test_each_process_goes_on_with_its_own_streams(tmp_path: Path) -> None:
     assert 'with other settings' not in printed
     first, second = (read_checkpoint(folder / 'iter_4.pth') for folder in (straight, resumed))
     for part in ('state_dict', 'optimizer', 'param_schedulers'):
-        same(first[part], second[part], part)
+        assert_same(first[part], second[part], part)
     for part in ('terms', 'processes', 'data'):
-        same(first['mmstructkd'][part], second['mmstructkd'][part], part)
+        assert_same(first['mmstructkd'][part], second['mmstructkd'][part], part)
 
     # One process has no counterpart for its streams: it says so, and goes on behind as many batches.
     alone = config(tmp_path / 'alone')
