@@ -181,10 +181,11 @@ def check_seed(owner: str, seed: Any) -> None:
         raise ConfigError(f'{owner}: `seed` must be an integer of at least 0 or None, got {shown(seed)}.')
 
 
-def check_positive(owner: str, argument: str, value: Any) -> None:
-    """Raise :class:`ConfigError` unless ``value`` is a finite number above zero."""
-    if not is_finite_number(value) or value <= 0:
-        raise ConfigError(f'{owner}: `{argument}` must be a finite number above 0, got {shown(value)}.')
+def check_positive(owner: str, argument: str, value: Any, maximum: float | None = None) -> None:
+    """Raise :class:`ConfigError` unless ``value`` is a finite number above zero, and at most ``maximum``."""
+    if not is_finite_number(value) or value <= 0 or (maximum is not None and value > maximum):
+        most = '' if maximum is None else f' and at most {maximum:g}'
+        raise ConfigError(f'{owner}: `{argument}` must be a finite number above 0{most}, got {shown(value)}.')
 
 
 def check_some_weight(owner: str, **weights: float) -> None:

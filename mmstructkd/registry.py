@@ -72,6 +72,8 @@ MODELS = CheckedRegistry(
         'mmstructkd.temperatures',
         'mmstructkd.critics',
         'mmstructkd.distillers',
+        'mmstructkd.teachers',
+        'mmstructkd.streams',
         'mmstructkd.models',
     ],
 )

@@ -6,6 +6,7 @@ import copy
 import functools
 import json
 import re
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,10 @@ from mmseg.structures import SegDataSample
 from torch import nn
 
 from mmstructkd import compat
-from mmstructkd.distillers.batches import synthetic_batch
-from mmstructkd.distillers.teacher import TeacherSource
 from mmstructkd.losses import DistillLoss
 from mmstructkd.registry import MODELS as OWN
+from mmstructkd.tasks.batches import synthetic_batch
+from mmstructkd.teachers import TeacherSource
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = sorted(
@@ -193,13 +194,30 @@ def build(cfg: Config, *, shared: bool = False) -> nn.Module:
     if cfg.get('data_preprocessor') is not None:
         model.setdefault('data_preprocessor', cfg.data_preprocessor)
     if is_distilled(cfg):
-        model.teacher.update(checkpoint=None, allow_random=True)
+        for teacher in teachers(model):
+            if teacher.get('type', 'mmstructkd.FrozenTeacher') == 'mmstructkd.FrozenTeacher':
+                teacher.update(checkpoint=None, allow_random=True)
+            for step in teacher.get('route', ()):
+                step['checkpoint'] = _random_weights(teacher.config)
     if shared:
         if model.get('data_preprocessor') is not None:
             model.student.setdefault('data_preprocessor', model.pop('data_preprocessor'))
         student, teacher = _pair(json.dumps(model.student), json.dumps(model.teacher))
         model.update(student=student, teacher=teacher)
     return MODELS.build(model)
+
+
+def teachers(model: Any) -> list[Any]:
+    """Return the configs of all teachers of a distiller."""
+    return list(model.teachers.values()) if 'teachers' in model else [model.teacher]
+
+
+@functools.cache
+def _random_weights(config: str) -> str:
+    """Write a checkpoint for a config, for teachers that cannot do without."""
+    path = Path(tempfile.mkdtemp()) / 'random.pth'
+    torch.save(MODELS.build(without_weights(Config.fromfile(config).model)).state_dict(), path)
+    return str(path)
 
 
 @functools.lru_cache(maxsize=1)
@@ -330,7 +348,7 @@ def test_depth_has_one_unit(path):
     assert model.data_preprocessor.seg_pad_val == 0
     assert cfg.val_evaluator.min_depth_eval > 0, '0 is no reading'
     assert model.decode_head.max_depth >= cfg.val_evaluator.max_depth_eval
-    if is_distilled(cfg):
+    if is_distilled(cfg) and 'config' in cfg.model.teacher:
         teacher = read(beside(cfg.model.teacher.config)).model.decode_head
         assert (teacher.type, teacher.max_depth) == (model.decode_head.type, model.decode_head.max_depth)
 
@@ -461,6 +479,39 @@ def test_builds(path):
     check_built(model, cfg)
     if is_distilled(cfg):
         assert list(model.student.state_dict()) == list(MODELS.build(network(cfg)).state_dict())
+
+
+OF_KINDS = [path for path in CONFIGS if path.startswith('configs/teachers/')]
+
+
+@pytest.mark.parametrize('path', OF_KINDS, ids=short)
+def test_a_kind_of_teacher_trains_and_takes_few_lines(path):
+    """One optimiser step of what the file says, and at most 15 lines of its own."""
+    cfg = read(path)
+    torch.manual_seed(0)
+    model = build(cfg).train()
+    model.set_progress(0, cfg.train_cfg.max_iters)
+    wrapper = optimiser(model, cfg)
+    given = synthetic_batch(model, (64, 64))
+    if any(stream.reads_data for stream in model.streams.values()):
+        given['unlabelled'] = synthetic_batch(model, (64, 64))
+    total, logs = model.parse_losses(model(**given, mode='loss'))
+    wrapper.update_params(total)
+    assert total.isfinite()
+    for name, term in cfg.model.terms.items():
+        on = term.get('on', 'labelled')
+        for stream in [on] if isinstance(on, str) else on:
+            assert f'loss_kd_{name}' + ('' if stream == 'labelled' else f'_{stream}') in logs
+    lines = (ROOT / path).read_text(encoding='utf-8').splitlines()
+    frame = ('_base_', 'model = dict(', '    _delete_', "    type='mmstructkd.StructuredDistiller'", '    student=')
+    own = [line for line in lines if line.strip() and not line.startswith(('#', *frame))]
+    assert len(own) <= 15
+
+
+def test_the_page_of_kinds_names_every_config():
+    text = (ROOT / 'configs' / 'teachers' / 'README.md').read_text(encoding='utf-8')
+    links = set(re.findall(r'\]\(([^)]+\.py)\)', text))
+    assert sorted(f'configs/teachers/{link}' for link in links) == OF_KINDS
 
 
 @pytest.mark.parametrize('path', FAMILY, ids=short)

@@ -430,7 +430,7 @@ TEACHER = SEGMENTATION['teacher']
             '`data_preprocessor` must name .*SegDataPreProcessor',
         ),
         (changed(teacher='pspnet.py'), '`teacher` must be a dict'),
-        (changed(teacher=None), '`teacher` must be a dict'),
+        (changed(teacher=None), 'one of `teacher` and `teachers` must be given, got neither'),
         (changed(teacher={}), '`config` must be given'),
         (
             changed(teacher=dict(TEACHER, chekpoint='x')),

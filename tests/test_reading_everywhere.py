@@ -28,10 +28,10 @@ from mmengine.runner.checkpoint import CheckpointLoader, _load_checkpoint, load_
 from mmstructkd import checkpoints, compat
 from mmstructkd.checkpoints import trusted_checkpoints
 from mmstructkd.distillers import FrozenTeacher
-from mmstructkd.distillers.loading import build_network
 from mmstructkd.distillers.preflight import build_distiller
 from mmstructkd.errors import CheckpointError, ConfigError
 from mmstructkd.registry import MODELS
+from mmstructkd.teachers.loading import build_network
 from mmstructkd.testing import toy_config, toy_distiller, toy_segmentor, toy_terms
 from tests.attacks import attack
 from tests.tools.conftest import detector, load_tool, run_tool  # noqa: F401

@@ -12,9 +12,10 @@ from mmengine.config import Config
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
-from mmstructkd.distillers import FrozenTeacher, loading
-from mmstructkd.distillers.loading import build_network, load_student, load_weights
+from mmstructkd.distillers import FrozenTeacher
 from mmstructkd.errors import CheckpointError, ConfigError
+from mmstructkd.teachers import loading
+from mmstructkd.teachers.loading import build_network, load_student, load_weights
 from mmstructkd.testing import toy_config, toy_segmentor
 
 State = dict[str, Tensor]

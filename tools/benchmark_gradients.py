@@ -16,9 +16,9 @@ from torch import Tensor
 
 from mmstructkd.checkpoints import IN_CONFIG, consented, trusts
 from mmstructkd.distillers import StructuredDistiller
-from mmstructkd.distillers.batches import real_batch
 from mmstructkd.errors import ConfigError
 from mmstructkd.registry import MODELS
+from mmstructkd.tasks.batches import real_batch
 
 __all__ = ['measure']
 

@@ -16,9 +16,9 @@ from benchmark_measure import seconds
 from mmengine.config import Config
 from torch import Tensor, nn
 
-from mmstructkd.distillers.batches import synthetic_batch
-from mmstructkd.distillers.loading import build_network, model_config
 from mmstructkd.registry import MODELS
+from mmstructkd.tasks.batches import synthetic_batch
+from mmstructkd.teachers.loading import build_network, model_config
 from mmstructkd.testing import toy_depth_estimator, toy_detector, toy_segmentor
 
 ROOT = Path(__file__).resolve().parents[1]

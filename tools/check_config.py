@@ -21,7 +21,6 @@ from rich.text import Text
 
 from mmstructkd import compat
 from mmstructkd.distillers import StructuredDistiller
-from mmstructkd.distillers.batches import input_size, needs_of, real_batch, synthetic_batch, training_info
 from mmstructkd.distillers.preflight import (
     CostReport,
     Trial,
@@ -31,6 +30,7 @@ from mmstructkd.distillers.preflight import (
     try_batch,
 )
 from mmstructkd.errors import CheckpointError, ConfigError, ShapeError, TapError
+from mmstructkd.tasks.batches import input_size, needs_of, real_batch, synthetic_batch, training_info
 
 PLAIN_WIDTH = 180  # of the tables in a file or a pipe: wide enough for the taps of a pyramid
 

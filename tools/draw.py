@@ -27,8 +27,8 @@ from mmengine.registry import DATASETS, init_default_scope
 
 from mmstructkd import compat
 from mmstructkd.checkpoints import trusts
-from mmstructkd.distillers.loading import load_student
 from mmstructkd.errors import CheckpointError, ConfigError, ShapeError
+from mmstructkd.teachers.loading import load_student
 from mmstructkd.visualization import choose_looks, draw_samples
 
 OWNER = 'draw'

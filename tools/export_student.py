@@ -15,6 +15,7 @@ import importlib.util
 import math
 import os
 import sys
+import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -31,12 +32,13 @@ from torch import Tensor, nn
 
 from mmstructkd import compat
 from mmstructkd.checkpoints import ON_COMMAND_LINE, read_checkpoint, trusts
-from mmstructkd.distillers.batches import input_size, synthetic_batch
-from mmstructkd.distillers.loading import build_network, load_student, student_config
 from mmstructkd.distillers.plain_config import plain_config
-from mmstructkd.distillers.targets import task_of
 from mmstructkd.errors import CheckpointError, ConfigError, ShapeError, TapError
 from mmstructkd.evaluation.cost import all_tensors, multiply_adds, parameter_count
+from mmstructkd.hooks.student_checkpoint import KEY
+from mmstructkd.tasks.batches import input_size, synthetic_batch
+from mmstructkd.tasks.targets import task_of
+from mmstructkd.teachers.loading import build_network, load_student, model_config, own_name, student_config
 
 KEYS = {'state_dict', 'meta'}
 
@@ -46,6 +48,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description='Export the student of a distilled run as a plain checkpoint.')
     parser.add_argument('config', help='path of the config: the distilling one or the plain one')
     parser.add_argument('checkpoint', help='checkpoint of the run')
+    parser.add_argument(
+        '--which',
+        choices=('student', 'teacher'),
+        default='student',
+        help='the student, or the network that learned beside it (PeerTeacher)',
+    )
     parser.add_argument('--out', required=True, help='the checkpoint to write')
     parser.add_argument('--onnx', help='also write the logits at the size of the input as ONNX (segmentors, depth)')
     parser.add_argument(
@@ -356,6 +364,42 @@ def kept_if_good(*targets: Path | None) -> Iterator[list[Path | None]]:
                 part.unlink(missing_ok=True)
 
 
+def peer_of(distilling: Config, source: dict, folder: Path) -> tuple[Config, str]:
+    """Take the network that learned beside the student out of a checkpoint.
+
+    Args:
+        distilling: the config of the run.
+        source: its checkpoint.
+        folder: where a plain checkpoint of the peer is put.
+
+    Returns:
+        The peer's plain config, and the path of that checkpoint.
+
+    Raises:
+        ConfigError: the run has no peer.
+        CheckpointError: the checkpoint does not hold one.
+    """
+    teacher = distilling.model.get('teacher') or {}
+    if own_name(teacher.get('type')) != 'PeerTeacher':
+        raise ConfigError(
+            'export_student: `--which teacher` must get a run whose one teacher is a PeerTeacher, got '
+            f'{teacher.get("type", "a frozen teacher")!r}. A frozen teacher has a checkpoint of its own.'
+        )
+    kept = (source.get(KEY) or {}).get('companion') or {}
+    begin = 'network.'
+    weights = {name.removeprefix(begin): value for name, value in kept.items() if name.startswith(begin)}
+    if not weights:
+        raise CheckpointError(
+            'export_student: the checkpoint must hold what trained beside the student, got none. Give one that the '
+            'run itself has saved, not an exported one.'
+        )
+    cfg = plain_config(distilling)
+    cfg.model = model_config(teacher.config, 'export_student', pretrained=False)
+    path = folder / 'peer.pth'
+    torch.save({'state_dict': weights, 'meta': source.get('meta') or {}}, path)
+    return cfg, str(path)
+
+
 def export(args: argparse.Namespace) -> None:
     """Read, write, verify and print.
 
@@ -383,7 +427,12 @@ def export(args: argparse.Namespace) -> None:
     trust = trusts(distilling, args.trust_checkpoint)
     source = read_checkpoint(args.checkpoint, trust=trust, how=ON_COMMAND_LINE)
     init_default_scope(cfg.get('default_scope', 'mmengine'))
-    model = load_student(cfg, args.checkpoint, owner='export_student', trust_checkpoint=trust)
+    if args.which == 'student':
+        model = load_student(cfg, args.checkpoint, owner='export_student', trust_checkpoint=trust)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            cfg, checkpoint = peer_of(distilling, source, Path(folder))
+            model = load_student(cfg, checkpoint, owner='export_student', trust_checkpoint=trust)
     if onnx is not None:
         check_onnx_possible(model)
     size = tuple(args.size) if args.size else input_size(student_config(distilling), model)
@@ -396,8 +445,9 @@ def export(args: argparse.Namespace) -> None:
             network = export_onnx(model, onnx_part, batch['inputs'], args.opset)
             other = synthetic_batch(model, size, 1, seed=1, training=False)
             compare_onnx(network, onnx_part, other['inputs'], args.tolerance)
-    kind = 'averaged (EMA) weights' if 'ema_state_dict' in source else 'weights'
-    print(f'wrote     {out}: {kind} of the student, every key matched, outputs equal to the source bit for bit')
+    averaged = 'ema_state_dict' in source and args.which == 'student'
+    kind = 'averaged (EMA) weights' if averaged else 'weights'
+    print(f'wrote     {out}: {kind} of the {args.which}, every key matched, outputs equal to the source bit for bit')
     if onnx is not None:
         preprocessor = model.data_preprocessor
         mean, std = (getattr(preprocessor, name, None) for name in ('mean', 'std'))
@@ -405,7 +455,8 @@ def export(args: argparse.Namespace) -> None:
         print(f'wrote     {onnx}: image 1x3x{size[0]}x{size[1]} -> logits, opset {args.opset}')
         if mean is not None:
             print(f'          image = ({order} - {mean.flatten().tolist()}) / {std.flatten().tolist()}')
-    print_complexity(model, distilling, size)
+    if args.which == 'student':
+        print_complexity(model, distilling, size)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

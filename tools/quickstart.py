@@ -38,10 +38,10 @@ from mmengine.registry import DATASETS, init_default_scope
 from torch import nn
 
 from mmstructkd import compat
-from mmstructkd.distillers.loading import load_student
 from mmstructkd.evaluation.cost import latency, multiply_adds, parameter_count
 from mmstructkd.evaluation.metrics import Metric, markdown_table
 from mmstructkd.evaluation.training import Training, TrainingError, train
+from mmstructkd.teachers.loading import load_student
 from mmstructkd.visualization import choose_looks, draw_samples
 
 ROOT = Path(__file__).resolve().parents[1]

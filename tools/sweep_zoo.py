@@ -173,7 +173,7 @@ def _step(model: Any, batch: Mapping[str, Any], cfg: Any) -> dict[str, float]:
     """Forward, backward and one update; returns the losses."""
     import torch
 
-    from mmstructkd.distillers.batches import training_info
+    from mmstructkd.tasks.batches import training_info
 
     with training_info(cfg):
         total, logs = model.parse_losses(model(**batch, mode='loss'))
@@ -204,8 +204,8 @@ def _plain(cfg: Any, report: dict[str, Any]) -> tuple[int, int]:
     from mmengine.model import BaseModel
     from mmengine.registry import MODELS
 
-    from mmstructkd.distillers.batches import fixed_size, input_size, needs_of, synthetic_batch
-    from mmstructkd.distillers.targets import task_of
+    from mmstructkd.tasks.batches import fixed_size, input_size, needs_of, synthetic_batch
+    from mmstructkd.tasks.targets import task_of
 
     begin = time.monotonic()
     network: BaseModel = MODELS.build(copy.deepcopy(cfg.model))
@@ -250,8 +250,8 @@ def _distilled(cfg: Any, size: tuple[int, int], report: dict[str, Any], taps: Se
     from mmengine.registry import MODELS
 
     from mmstructkd.compat import without_pretrained
-    from mmstructkd.distillers.batches import needs_of, synthetic_batch
     from mmstructkd.errors import TapError
+    from mmstructkd.tasks.batches import needs_of, synthetic_batch
 
     model = _sized(cfg, size)
     network = MODELS.build(copy.deepcopy(model))
@@ -325,7 +325,7 @@ def run_one(reference: str, taps: Sequence[str], plain_only: bool = False) -> di
         init_default_scope(cfg.get('default_scope', 'mmengine'))
         import mmstructkd.distillers  # noqa: F401  registers what the configs below name
         from mmstructkd.compat import without_pretrained
-        from mmstructkd.distillers.loading import _drop_pretrained
+        from mmstructkd.teachers.loading import _drop_pretrained
 
         _drop_pretrained(cfg.model)
         with without_pretrained():

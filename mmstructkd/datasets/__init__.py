@@ -8,6 +8,8 @@ from importlib.util import find_spec
 
 from mmstructkd.datasets.depth_transforms import BottomCrop, DepthWindow
 from mmstructkd.datasets.finite_augmentation import FiniteAugmentation
+from mmstructkd.datasets.image_folder import ImageFolderDataset
+from mmstructkd.datasets.paired import PairedDataset
 from mmstructkd.datasets.scenes import Scene, render_scene
 from mmstructkd.datasets.transforms import LoadScene, LoadSceneAnnotations
 
@@ -15,8 +17,10 @@ __all__ = [
     'BottomCrop',
     'DepthWindow',
     'FiniteAugmentation',
+    'ImageFolderDataset',
     'LoadScene',
     'LoadSceneAnnotations',
+    'PairedDataset',
     'Scene',
     'render_scene',
 ]

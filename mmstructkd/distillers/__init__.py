@@ -1,11 +1,10 @@
-"""Distillers: a student, a teacher, and the terms between them."""
+"""The distiller: a student, a teacher, and the terms between them."""
 
 from mmstructkd import compat
-from mmstructkd.distillers.loading import student_config
-from mmstructkd.distillers.schedule import WeightSchedule
 from mmstructkd.distillers.structured_distiller import StructuredDistiller
-from mmstructkd.distillers.teacher import FrozenTeacher, TeacherSource
-from mmstructkd.distillers.term import Term
+from mmstructkd.teachers import FrozenTeacher, TeacherSource
+from mmstructkd.teachers.loading import student_config
+from mmstructkd.terms import Term, WeightSchedule
 
 __all__ = ['FrozenTeacher', 'StructuredDistiller', 'TeacherSource', 'Term', 'WeightSchedule', 'student_config']
 

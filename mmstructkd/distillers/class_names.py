@@ -11,11 +11,11 @@ from mmengine.logging import print_log
 from mmengine.registry import DATASETS
 
 from mmstructkd.checkpoints import read_checkpoint
-from mmstructkd.distillers.teacher import TeacherSource
-from mmstructkd.distillers.term import Term
 from mmstructkd.errors import CheckpointError, ConfigError
+from mmstructkd.teachers.base import TeacherSource
+from mmstructkd.terms.term import Term
 
-__all__ = ['check_class_names', 'names_of_config', 'names_of_dataset', 'names_of_teacher']
+__all__ = ['check_class_names', 'check_classes', 'names_of_config', 'names_of_dataset', 'names_of_teacher']
 
 
 def _names(value: Any) -> tuple[str, ...] | None:
@@ -87,6 +87,26 @@ def names_of_teacher(teacher: TeacherSource) -> tuple[str, ...] | None:
 
 def _plain(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(' '.join(name.lower().replace('_', ' ').replace('-', ' ').split()) for name in names)
+
+
+def check_classes(terms: Iterable[Term], student: Sequence[str] | None, teacher: TeacherSource) -> None:
+    """Compare the student's class names with those of the teacher that each term taps.
+
+    Args:
+        terms: of the distiller.
+        student: class names of the student's data; ``None``: not known.
+        teacher: of the distiller.
+
+    Raises:
+        ConfigError: see :func:`check_class_names`.
+    """
+    tapped: dict[int, tuple[TeacherSource, list[Term]]] = {}
+    for term in terms:
+        if getattr(term, 'by_class', False):
+            member = teacher.member(term.teacher_taps[0])
+            tapped.setdefault(id(member), (member, []))[1].append(term)
+    for member, own in tapped.values():
+        check_class_names(own, student, names_of_teacher(member))
 
 
 def check_class_names(terms: Iterable[Term], student: Sequence[str] | None, teacher: Sequence[str] | None) -> None:

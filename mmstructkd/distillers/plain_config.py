@@ -12,7 +12,7 @@ from mmengine.runner import Runner
 
 from mmstructkd import registry
 from mmstructkd.checkpoints import KEY
-from mmstructkd.distillers.loading import drop_own_import, own_name, student_config
+from mmstructkd.teachers.loading import drop_own_import, own_name, student_config
 
 __all__ = ['plain_config']
 

@@ -26,14 +26,14 @@ from torch.autograd.graph import GradientEdge
 
 from mmstructkd import compat
 from mmstructkd.checkpoints import IN_CONFIG, consented, read_checkpoint, trusts
-from mmstructkd.distillers.batches import training_info
-from mmstructkd.distillers.class_names import check_class_names, names_of_config, names_of_teacher
-from mmstructkd.distillers.loading import DISTILLER, _drop_pretrained, init_without_weights
+from mmstructkd.distillers.class_names import check_classes, names_of_config
 from mmstructkd.distillers.probing import explain_cut
 from mmstructkd.distillers.structured_distiller import Observation, StructuredDistiller
-from mmstructkd.distillers.term import Term
 from mmstructkd.errors import CheckpointError, ConfigError, TapError, is_count
 from mmstructkd.registry import MODELS
+from mmstructkd.tasks.batches import training_info
+from mmstructkd.teachers.loading import DISTILLER, _drop_pretrained, init_without_weights
+from mmstructkd.terms.term import Term
 from mmstructkd.weights import tensors_in
 
 __all__ = [
@@ -256,15 +256,14 @@ def build_distiller(cfg: Config, *, random_init: bool = False) -> StructuredDist
                 f'{OWNER}: a network must be built without downloads with --random-init, got one that needs files '
                 f'({reason}). Put them into the cache first, e.g. by building it once without --random-init.'
             ) from err
-        check_class_names(distiller.terms.values(), names_of_config(cfg), names_of_teacher(distiller.teacher))
+        check_classes(distiller.terms.values(), names_of_config(cfg), distiller.teacher)
         if random_init:
             init_without_weights(distiller)
         else:
             distiller.init_weights()
         if cfg.get('load_from') and not random_init:
             _load_from(distiller, cfg.load_from)
-    if getattr(distiller.teacher, 'cache', None) is not None:
-        distiller.teacher.cache = None  # nothing is written here, and what the teacher costs is asked
+    distiller.teacher.without_cache()  # nothing is written here, and what the teacher costs is asked
     return distiller.train()
 
 

@@ -19,9 +19,6 @@ from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from mmstructkd.compat import current_config, without_pretrained
-from mmstructkd.distillers.batches import fixed_size, needs_of, pipeline_size, synthetic_batch
-from mmstructkd.distillers.loading import init_without_weights
-from mmstructkd.distillers.targets import probe_samples
 from mmstructkd.errors import ConfigError, TapError, is_count
 from mmstructkd.taps import (
     Capture,
@@ -37,6 +34,9 @@ from mmstructkd.taps import (
     recorded_points,
     with_points,
 )
+from mmstructkd.tasks.batches import fixed_size, needs_of, pipeline_size, synthetic_batch
+from mmstructkd.tasks.targets import probe_samples
+from mmstructkd.teachers.loading import init_without_weights
 
 __all__ = [
     'Probe',

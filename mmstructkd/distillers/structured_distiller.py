@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,9 +16,9 @@ from mmengine.logging import print_log
 from mmengine.model import BaseDataPreprocessor, BaseModel
 from mmengine.runner import Runner
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmstructkd.compat import alone, prepare_to_resume
-from mmstructkd.distillers.batches import training_info
 from mmstructkd.distillers.probing import (
     Probe,
     check_probe_size,
@@ -30,21 +30,11 @@ from mmstructkd.distillers.probing import (
     probe_student,
 )
 from mmstructkd.distillers.step_record import Fault, StepRecord, explain
-from mmstructkd.distillers.targets import (
-    branches_of,
-    collect_targets,
-    head_of,
-    num_classes_of,
-    probe_targets,
-    task_of,
-)
-from mmstructkd.distillers.teacher import TeacherSource
-from mmstructkd.distillers.term import KEYS as TERM_KEYS
-from mmstructkd.distillers.term import Term, parse_terms
-from mmstructkd.errors import CheckpointError, ConfigError, TapError, shown
+from mmstructkd.errors import CheckpointError, ConfigError, TapError, check_finite_number, shown, suggest
 from mmstructkd.functional.sharing import sharing
 from mmstructkd.optim import for_distiller
 from mmstructkd.registry import HOOKS, MODELS, build_part
+from mmstructkd.streams import LABELLED, StreamBatch, StreamPreprocessor, build_streams
 from mmstructkd.structures import Targets
 from mmstructkd.taps import (
     Capture,
@@ -52,11 +42,28 @@ from mmstructkd.taps import (
     RegionRecorder,
     Regions,
     Tap,
+    in_features,
     in_point_head,
     pair_stages,
     recorded_points,
+    tapped_forward,
     with_points,
 )
+from mmstructkd.tasks.batches import training_info
+from mmstructkd.tasks.targets import (
+    branches_of,
+    collect_targets,
+    head_of,
+    num_classes_of,
+    probe_targets,
+    task_of,
+)
+from mmstructkd.teachers import TeacherGroup, TeacherSource
+from mmstructkd.teachers.building import build_source
+from mmstructkd.teachers.trained import scale_losses
+from mmstructkd.terms.schedule import WeightSchedule
+from mmstructkd.terms.term import KEYS as TERM_KEYS
+from mmstructkd.terms.term import Term, parse_terms
 
 __all__ = ['StructuredDistiller']
 
@@ -130,9 +137,15 @@ class StructuredDistiller(BaseModel):
         student: config of the student, or the built model.
         teacher: arguments of a :class:`FrozenTeacher` (``config``,
             ``checkpoint``, ...), or of another source by its ``type``.
+        teachers: several by name, in place of ``teacher``; see :class:`TeacherGroup`.
         terms: dict of terms by name, see :class:`Term`.
         data_preprocessor: used by a student that has none of its own.
         probe_size: (h, w) of that image; ``None``: as above.
+        task_weight: factor of the student's own losses, at least 0. They are
+            multiplied and never left out: weight decay and the statistics of
+            BatchNorm act at 0 as well.
+        task_schedule: config of a :class:`WeightSchedule` for that factor.
+        streams: configs of other batches by name, for terms with ``on='<name>'``.
 
     Raises:
         ConfigError: a value cannot be used (terms, losses, teacher's classes).
@@ -152,17 +165,25 @@ class StructuredDistiller(BaseModel):
     def __init__(
         self,
         student: dict | nn.Module,
-        teacher: dict | TeacherSource,
-        terms: dict,
+        teacher: dict | TeacherSource | None = None,
+        terms: dict | None = None,
         data_preprocessor: dict | nn.Module | None = None,
         probe_size: tuple[int, int] | None = None,
+        *,
+        teachers: dict | None = None,
+        task_weight: float = 1.0,
+        task_schedule: dict | None = None,
+        streams: dict | None = None,
     ) -> None:
         probe_size = check_probe_size(probe_size)
+        check_finite_number('StructuredDistiller', 'task_weight', task_weight, minimum=0)
+        self_config = None
         if isinstance(student, dict):
             student = ConfigDict(copy.deepcopy(student))  # some heads write into their config
             if data_preprocessor is not None:
                 _check_preprocessor(data_preprocessor, student.get('_scope_'))
                 student.setdefault('data_preprocessor', data_preprocessor)
+            self_config = copy.deepcopy(student)
             student = build_part('StructuredDistiller', 'student', student, example='_base_.model', known=BaseModel)
         if not isinstance(student, BaseModel):
             raise ConfigError(
@@ -172,41 +193,62 @@ class StructuredDistiller(BaseModel):
         super().__init__(data_preprocessor=student.data_preprocessor)
         self.student = student
         self.last_step: StepRecord | None = None
+        self.task_weight = float(task_weight)
+        self.task_schedule = WeightSchedule.from_config(task_schedule, 'StructuredDistiller: `task_schedule`')
+        self.task_factor = self.task_schedule.factor(0, 1)
+        self.step = 0
+        self.streams = build_streams(streams)
+        if any(stream.reads_data for stream in self.streams.values()):
+            names = [name for name, stream in self.streams.items() if stream.reads_data]
+            self.data_preprocessor = StreamPreprocessor(student.data_preprocessor, names)
         with random_state_kept():
             self.terms = parse_terms(terms)
             self._check_student_taps()
             self._stages = pair_stages((t.name, t.student_taps, t.teacher_taps) for t in self.terms.values())
             for term in self.terms.values():
                 term.branches = branches_of(self.student)
-            self._teacher = self._build_teacher(teacher)
-            self._teacher.attach(self.student)
+            self._teacher = self._build_teacher(teacher, teachers)
+            self._teacher.attach(self.student, self_config)
+            self._check_streams()
             with alone(), training_info():
                 self._probe(probe_size)
+        # What trains beside the student, or is kept from step to step: owned as the terms are.
+        self.companion = self._teacher.trained if self._teacher.trained is not None else nn.Module()
         self.register_state_dict_post_hook(_keep_student_only)
 
     @staticmethod
-    def _build_teacher(teacher: Any) -> TeacherSource:
-        """Build the source of the teacher's tensors."""
-        if isinstance(teacher, TeacherSource):
-            return teacher
-        if not isinstance(teacher, dict):
+    def _build_teacher(teacher: Any, teachers: Any) -> TeacherSource:
+        """Build the source of the teacher's tensors: one, or several by name."""
+        if (teacher is None) == (teachers is None):
             raise ConfigError(
-                f'StructuredDistiller: `teacher` must be a dict, got {shown(teacher)}. '
-                "Write teacher=dict(config='mmseg::...', checkpoint='...')."
+                'StructuredDistiller: one of `teacher` and `teachers` must be given, got '
+                f'{"neither" if teacher is None else "both"}. Write teacher=dict(config=..., checkpoint=...) for one, '
+                'teachers=dict(big=dict(...), ema=dict(...)) for several.'
             )
-        source = build_part(
-            'StructuredDistiller',
-            'teacher',
-            {'type': 'mmstructkd.FrozenTeacher', **teacher},
-            example="dict(config='mmseg::...', checkpoint='...')",
-            known=TeacherSource,
-        )
-        if not isinstance(source, TeacherSource):
+        if teachers is None:
+            return build_source(teacher)
+        if not isinstance(teachers, dict):
             raise ConfigError(
-                f'StructuredDistiller: `teacher` must be a source of tensors, got {type(source).__name__}. '
-                'Leave `type` out: the network goes into teacher=dict(config=...).'
+                f'StructuredDistiller: `teachers` must be a dict of teachers by name, got {shown(teachers)}.'
             )
-        return source
+        return TeacherGroup(**teachers)
+
+    def _check_streams(self) -> None:
+        """Each term must run on streams that there are, and that know what it needs."""
+        for term in self.terms.values():
+            for name in term.on:
+                if name == LABELLED:
+                    continue
+                if name not in self.streams:
+                    raise ConfigError(
+                        f'term {term.name!r}: `on` must name a stream of the distiller, got {name!r}. '
+                        f'{suggest(name, [LABELLED, *self.streams])}'
+                    )
+                if term.on_regions:
+                    raise ConfigError(
+                        f'term {term.name!r}: `on` must be {LABELLED!r} for taps in a RoI head, got {name!r}. Its '
+                        'regions are chosen with the labels of the batch: tap the neck.'
+                    )
 
     def _check_student_taps(self) -> None:
         """Resolve the student's taps before anything expensive is done."""
@@ -216,14 +258,14 @@ class StructuredDistiller(BaseModel):
 
     def _probe(self, size: tuple[int, int] | None) -> None:
         """Run both networks once and let each term build what depends on sizes."""
-        teacher_network = getattr(self._teacher, 'network', None)
-        if teacher_network is not None:
-            for term in self.terms.values():
-                for tap in term.teacher_taps:
-                    tap.resolve(teacher_network, f'term {term.name!r}: `teacher`')
+        for term in self.terms.values():
+            for tap in term.teacher_taps:
+                self._teacher.resolve(tap, f'term {term.name!r}: `teacher`')
         for term in self.terms.values():
             term.on_points = any(in_point_head(self.student, tap) for tap in term.student_taps)
-        seen, observed = self._try_sizes([size] if size else probe_sizes([self.student, teacher_network]), bool(size))
+        seen, observed = self._try_sizes(
+            [size] if size else probe_sizes([self.student, self._teacher.network]), bool(size)
+        )
         capture, regions = seen.capture, seen.regions
         self._clone = capture.changed_in_place()
         for term in self.terms.values():
@@ -234,14 +276,13 @@ class StructuredDistiller(BaseModel):
                         'current',
                         level=30,
                     )
-        classes = (_num_classes(self.student), _num_classes(teacher_network))
-        known = probe_targets(task_of(self.student), 1, classes[0], tuple(seen.inputs.shape[-2:]))
+        known = self._known(seen.inputs)
         # A random teacher agrees with no ground truth, and is asked for none.
         trained = getattr(self._teacher, 'checkpoint', '') is not None
         for term in self.terms.values():
-            term.bind(
-                capture.records, observed.records, classes, known, regions, teacher_network, self.student, trained
-            )
+            network, tap = self._teacher.part_of(term.teacher_taps[0])
+            classes = (_num_classes(self.student), self._teacher.num_classes(term.teacher_taps[0]))
+            term.bind(capture.records, observed.records, classes, known, regions, network, self.student, trained, tap)
             for level in term.levels:
                 print_log(
                     f'term {term.name!r}: student {level.student_tap} {level.student}, '
@@ -265,7 +306,8 @@ class StructuredDistiller(BaseModel):
         that the device lacks) is no matter, if the taps are passed alike at two
         sizes: then it was not a level that was too small.
         """
-        owners = {tap: f'term {term.name!r}' for term in self.terms.values() for tap in term.student_taps}
+        owners = dict.fromkeys(self._teacher.reads, 'the teacher')
+        owners.update({tap: f'term {term.name!r}' for term in self.terms.values() for tap in term.student_taps})
         teacher_taps = [tap for term in self.terms.values() for tap in term.teacher_taps]
         failures: list[tuple[str, tuple[int, int], ForwardFailed]] = []
         partial: tuple[Probe, Capture] | None = None
@@ -276,7 +318,8 @@ class StructuredDistiller(BaseModel):
                     try:
                         seen = probe_student(self.student, list(owners), size, owners)
                         role = 'teacher'
-                        more = {'regions': seen.regions} if seen.chosen else {}
+                        more: dict[str, Any] = {'regions': seen.regions} if seen.chosen else {}
+                        more.update(student=seen.capture.records, targets=self._known(seen.inputs))
                         observed = self._teacher.probe(seen.inputs, seen.samples, teacher_taps, **more)
                     except ForwardFailed as err:
                         failures.append((role, size, err))
@@ -333,7 +376,7 @@ class StructuredDistiller(BaseModel):
             network._apply(fn)
         self._teacher.move(fn)
         for term in self.terms.values():
-            term.attach(getattr(self._teacher, 'network', None))  # a move may have made a copy of it
+            term.attach(self._teacher.part_of(term.teacher_taps[0])[0])  # a move may have made a copy of it
         return self
 
     def init_weights(self) -> None:
@@ -342,7 +385,7 @@ class StructuredDistiller(BaseModel):
         self._is_init = True
 
     def forward(
-        self, inputs: Tensor, data_samples: Sequence[Any] | None = None, mode: str = 'tensor'
+        self, inputs: Tensor, data_samples: Sequence[Any] | None = None, mode: str = 'tensor', **others: Any
     ) -> dict[str, Tensor] | Any:
         """Train (``mode='loss'``), or be the student.
 
@@ -350,6 +393,7 @@ class StructuredDistiller(BaseModel):
             inputs: preprocessed images, shape (B, 3, H, W).
             data_samples: one per image.
             mode: ``'loss'``, ``'predict'`` or ``'tensor'``.
+            **others: batches of streams that read data, by name.
 
         Returns:
             For ``'loss'`` the student's losses and, per term,
@@ -361,14 +405,20 @@ class StructuredDistiller(BaseModel):
         """
         if mode != 'loss':
             return self.student(inputs, data_samples, mode=mode)
-        losses, seen = self.observe(inputs, data_samples, self._active)
-        for term in self._active:
+        active = self._active
+        losses, seen = self.observe(inputs, data_samples, [term for term in active if LABELLED in term.on])
+        for term in active:
             for tap in term.student_taps:
                 if tap in seen.capture.cut:
                     raise TapError(_no_gradient(term, tap, seen.capture))
         if torch.is_grad_enabled():
-            self.last_step = StepRecord.of(inputs, data_samples, self._active, seen)
-        for name, scored in self.score(seen).items():
+            self.last_step = StepRecord.of(inputs, data_samples, [t for t in active if LABELLED in t.on], seen)
+        losses = scale_losses(losses, self.task_weight * self.task_factor)
+        if self._teacher.is_trained:
+            losses.update(self._teacher.objectives(seen.student, seen.targets))
+        scores = self.score(seen)
+        scores.update(self._score_streams(inputs, data_samples, seen.targets, active, others))
+        for name, scored in scores.items():
             clash = sorted(set(scored) & set(losses))
             if clash:
                 raise ConfigError(
@@ -425,7 +475,9 @@ class StructuredDistiller(BaseModel):
         # Terms of one tap share its softmax; for others it would only be kept longer.
         with sharing() if len(set(asked)) < len(asked) else contextlib.nullcontext():
             return {
-                name: term(seen.student, seen.teacher, seen.targets, seen.regions) for name, term in self.terms.items()
+                name: term(seen.student, seen.teacher, seen.targets, seen.regions)
+                for name, term in self.terms.items()
+                if LABELLED in term.on
             }
 
     def observe(
@@ -450,10 +502,14 @@ class StructuredDistiller(BaseModel):
         on_points = any(term.on_points for term in terms)
         teacher_taps = [tap for term in terms for tap in term.teacher_taps]
         teacher: dict[Tap, list[Tensor]] = {}
-        if terms and not (on_regions or on_points):
+        asked = bool(terms) or self._teacher.is_trained
+        late = on_regions or on_points or self._teacher.follows
+        if asked and not late:
             teacher = self._teacher.observe(inputs, data_samples, teacher_taps)
         student_taps = [tap for term in terms for tap in term.student_taps]
-        targets = collect_targets(self.student, inputs, data_samples) if terms else Targets()
+        if asked:
+            student_taps += [tap for tap in self._teacher.reads if tap not in student_taps]
+        targets = collect_targets(self.student, inputs, data_samples) if asked or self.streams else Targets()
         with (
             RegionRecorder(self.student, student_taps, self._stages)
             if on_regions
@@ -465,9 +521,76 @@ class StructuredDistiller(BaseModel):
         regions = None if recorder is None else recorder.regions
         if on_points:
             regions = with_points(regions, points)
-        if on_regions or on_points:
-            teacher = self._teacher.observe(inputs, data_samples, teacher_taps, regions=regions)
+        if asked and late:
+            teacher = self._teacher.observe(
+                inputs, data_samples, teacher_taps, student=capture.records, regions=regions
+            )
         return losses, Observation(capture, teacher, targets, regions)
+
+    def _known(self, inputs: Tensor) -> Targets:
+        """What batches of the task know, for a probed input."""
+        return probe_targets(task_of(self.student), 1, _num_classes(self.student), tuple(inputs.shape[-2:]))
+
+    def _score_streams(
+        self,
+        inputs: Tensor,
+        data_samples: Sequence[Any] | None,
+        targets: Targets,
+        active: Sequence[Term],
+        others: Mapping[str, Any],
+    ) -> dict[str, dict[str, Tensor]]:
+        """Compare both networks on each stream that a term asks for.
+
+        Returns:
+            By term and stream its losses, with the stream's name in the keys.
+        """
+        scores: dict[str, dict[str, Tensor]] = {}
+        for name, stream in self.streams.items():
+            terms = [term for term in self.terms.values() if name in term.on]
+            asked = [term for term in terms if term in active]
+            seen = Observation(Capture(self.student, ()), {}, targets, None)
+            if asked:
+                batch = stream.make(inputs, data_samples, targets, others.get(name) or {}, self.step)
+                seen = self._observe_stream(batch, asked, frozen=stream.norm == 'frozen')
+            for term in terms:
+                if not asked or term in asked:
+                    scored = term(seen.student, seen.teacher, seen.targets, None)
+                    scores[f'{term.name} on {name}'] = {f'{key}_{name}': value for key, value in scored.items()}
+                else:
+                    scores[f'{term.name} on {name}'] = {f'loss_kd_{term.name}_{name}': term.silence()}
+        return scores
+
+    def _observe_stream(self, batch: StreamBatch, terms: Sequence[Term], *, frozen: bool) -> Observation:
+        """Run both networks on a batch of a stream, without the losses of the task."""
+        teacher_taps = [tap for term in terms for tap in term.teacher_taps]
+        student_taps = list(dict.fromkeys([tap for term in terms for tap in term.student_taps]))
+        student_taps += [tap for tap in self._teacher.reads if tap not in student_taps]
+        norms = [m for m in self.student.modules() if frozen and m.training and isinstance(m, _BatchNorm)]
+        for module in norms:
+            module.training = False
+        try:
+            route = 'features' if all(map(in_features, student_taps)) else 'tensor'
+            capture = tapped_forward(
+                self.student, batch.inputs, batch.data_samples, student_taps, clone=self._clone, route=route
+            )
+        finally:
+            for module in norms:
+                module.training = True
+        teacher = self._teacher.observe(
+            batch.inputs, batch.data_samples, teacher_taps, student=capture.records, labelled=False
+        )
+        return Observation(capture, teacher, batch.targets, None)
+
+    def set_progress(self, step: int, last: int) -> None:
+        """Follow the training: the weight of the task, and what the teacher does by the number of the step.
+
+        Args:
+            step: iterations done so far.
+            last: iterations of the training.
+        """
+        self.step = step
+        self.task_factor = self.task_schedule.factor(step, last)
+        self._teacher.set_progress(step, last)
 
     def auxiliary_parameters(self) -> tuple[list[nn.Parameter], list[tuple[dict, list[nn.Parameter]]]]:
         """Parameters that only training needs.
@@ -484,11 +607,20 @@ class StructuredDistiller(BaseModel):
                     own.append((loss.own_optimizer, params))
                     taken.update(params)
         shared = [p for p in self.terms.parameters() if p.requires_grad and p not in taken]
+        for settings, params in self._teacher.parameter_groups():
+            if settings is None:
+                shared += params
+            else:
+                own.append((settings, params))
         return shared, own
 
     def training_state(self) -> dict[str, Any]:
         """What only training needs, for a checkpoint: connectors, critics, and who the teacher is."""
-        return {'terms': self.terms.state_dict(), 'teacher': self._teacher.provenance()}
+        return {
+            'terms': self.terms.state_dict(),
+            'companion': self.companion.state_dict(),
+            'teacher': self._teacher.provenance(),
+        }
 
     def load_training_state(self, state: dict[str, Any]) -> None:
         """Restore :meth:`training_state`.
@@ -506,12 +638,19 @@ class StructuredDistiller(BaseModel):
                 f'StructuredDistiller: the resumed checkpoint must hold the terms of the config, got others. {err} '
                 'Start anew from its student with load_from=.'
             ) from err
-        saved, now = state['teacher'].get('sha256'), self._teacher.provenance().get('sha256')
+        saved, now = _identity(state['teacher']), _identity(self._teacher.provenance())
         if saved != now:
             raise CheckpointError(
-                f'StructuredDistiller: the teacher must be the one the checkpoint was trained with (sha256 {saved}), '
-                f'got {now}. Give that file, or start anew from the student with load_from=.'
+                f'StructuredDistiller: the teacher must be the one the checkpoint was trained with ({shown(saved)}), '
+                f'got {shown(now)}. Give that one, or start anew from the student with load_from=.'
             )
+        try:
+            self.companion.load_state_dict(state.get('companion', {}))
+        except RuntimeError as err:
+            raise CheckpointError(
+                f'StructuredDistiller: the resumed checkpoint must hold what the teacher trains, got another. {err} '
+                'Start anew from its student with load_from=.'
+            ) from err
 
     def prepare_runner(self, runner: Runner) -> None:
         """Ask the runner for what the promises need; called when its hooks are registered.
@@ -551,11 +690,20 @@ class StructuredDistiller(BaseModel):
         own = [key for key in state_dict if key.startswith(prefix)]
         for key in own:
             state_dict[prefix + STUDENT + key[len(prefix) :]] = state_dict.pop(key)
-        for key, value in self.terms.state_dict(prefix=f'{prefix}terms.').items():
-            state_dict[key] = value
+        for name, part in (('terms', self.terms), ('companion', self.companion)):
+            for key, value in part.state_dict(prefix=f'{prefix}{name}.').items():
+                state_dict[key] = value
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+
+
+def _identity(provenance: Any) -> Any:
+    """What makes a teacher the same, wherever its files lie."""
+    if isinstance(provenance, Mapping):
+        left_out = ('checkpoint', 'config') if provenance.get('sha256') else ()
+        return {key: _identity(value) for key, value in provenance.items() if key not in left_out}
+    return [_identity(value) for value in provenance] if isinstance(provenance, (list, tuple)) else provenance
 
 
 def _keep_student_only(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, local_metadata: dict) -> None:

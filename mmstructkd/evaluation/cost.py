@@ -13,7 +13,7 @@ from mmengine.analysis import get_model_complexity_info
 from mmengine.model import BaseModel
 from torch import Tensor, nn
 
-from mmstructkd.distillers.batches import synthetic_batch
+from mmstructkd.tasks.batches import synthetic_batch
 
 __all__ = ['all_tensors', 'latency', 'multiply_adds', 'parameter_count']
 

@@ -18,9 +18,9 @@ import torch
 from mmengine.config import Config
 
 import mmstructkd
-from mmstructkd.distillers.loading import file_hash
 from mmstructkd.evaluation.metrics import Metric
 from mmstructkd.evaluation.scalars import last_values, read_scalars, step_seconds
+from mmstructkd.teachers.loading import file_hash
 
 __all__ = ['Progress', 'Training', 'TrainingError', 'how_far', 'train', 'training_key']
 

@@ -6,9 +6,9 @@ from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 
-from mmstructkd.distillers.teacher_cache import unrepeatable_steps
 from mmstructkd.errors import ConfigError
 from mmstructkd.registry import HOOKS
+from mmstructkd.teachers.cache import unrepeatable_steps
 
 __all__ = ['TeacherCacheHook']
 
@@ -48,4 +48,5 @@ class TeacherCacheHook(Hook):
             runner: the runner.
         """
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-        runner.logger.info(model.teacher.cache.report())
+        for line in model.teacher.report():
+            runner.logger.info(line)

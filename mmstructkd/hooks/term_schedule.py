@@ -8,8 +8,7 @@ from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.runner import IterBasedTrainLoop, Runner
 
-from mmstructkd.distillers.class_names import check_class_names, names_of_dataset, names_of_teacher
-from mmstructkd.distillers.schedule import WeightSchedule
+from mmstructkd.distillers.class_names import check_classes, names_of_dataset
 from mmstructkd.errors import ConfigError
 from mmstructkd.registry import HOOKS
 
@@ -45,10 +44,10 @@ class TermScheduleHook(Hook):
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
         for name, term in model.terms.items():
             _check_epochs(name, term, runner)
-            _check_counts(name, term.schedule, runner, model.teacher)
+            _check_counts(name, term, runner, model.teacher)
         if any(getattr(term, 'by_class', False) for term in model.terms.values()):
             dataset = getattr(runner.train_dataloader, 'dataset', None)
-            check_class_names(model.terms.values(), names_of_dataset(dataset), names_of_teacher(model.teacher))
+            check_classes(model.terms.values(), names_of_dataset(dataset), model.teacher)
         self._followers = [module for module in model.terms.modules() if hasattr(module, 'set_progress')]
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
@@ -60,8 +59,11 @@ class TermScheduleHook(Hook):
             data_batch: unused.
         """
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-        pace = model.teacher.pace(runner.iter)
-        for term in model.terms.values():
+        model.set_progress(runner.iter, runner.max_iters)
+        asked = [(term, model.teacher.pace(runner.iter, term.teacher_taps)) for term in model.terms.values()]
+        # The teacher's own terms have the student in the teacher's place, which is always there.
+        asked += [(term, 1.0) for term in model.teacher.terms.values()]
+        for term, pace in asked:
             term.pace = pace
             by_epoch = term.schedule.by_epoch
             step, last = (runner.epoch, runner.max_epochs) if by_epoch else (runner.iter, runner.max_iters)
@@ -73,6 +75,20 @@ class TermScheduleHook(Hook):
                 module.set_progress(runner.epoch, runner.max_epochs)
             else:
                 module.set_progress(runner.iter, runner.max_iters)
+
+    def after_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict | None = None
+    ) -> None:
+        """Tell the teacher that the student has been updated.
+
+        Args:
+            runner: the runner.
+            batch_idx: unused.
+            data_batch: unused.
+            outputs: unused.
+        """
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        model.teacher.after_step(model.student)
 
 
 def _check_epochs(name: str, term: Any, runner: Runner) -> None:
@@ -88,12 +104,13 @@ def _check_epochs(name: str, term: Any, runner: Runner) -> None:
             )
 
 
-def _check_counts(name: str, schedule: WeightSchedule, runner: Runner, teacher: Any) -> None:
+def _check_counts(name: str, term: Any, runner: Runner, teacher: Any) -> None:
     """Refuse a schedule by which the term teaches nothing, which nobody would see."""
+    schedule = term.schedule
     unit, last = ('epoch', runner.max_epochs) if schedule.by_epoch else ('iteration', runner.max_iters)
     counts = (step for step in range(last) if schedule.factor(step, last) > 0)
     if not schedule.by_epoch:
-        counts = (step for step in counts if teacher.pace(step) > 0)
+        counts = (step for step in counts if teacher.pace(step, term.teacher_taps) > 0)
     if last < 1 or next(counts, None) is not None:
         return
     owner = f'term {name!r}: `schedule`'

@@ -1,4 +1,4 @@
-"""Task parts that mmseg lacks: light depth heads for its ``DepthEstimator``, and losses to train them.
+"""Task parts that mmseg lacks: depth heads for its ``DepthEstimator`` with their losses, and parts of self-teachers.
 
 Without mmseg there are only the losses.
 """
@@ -7,8 +7,18 @@ from importlib.util import find_spec
 
 from mmstructkd.models.depth_bins import BinsToDepth, DepthBinLoss, ScoreToDepth
 from mmstructkd.models.depth_losses import DepthL1Loss, DepthSILogLoss
+from mmstructkd.models.given_features import GivenFeatures
+from mmstructkd.models.refinement_neck import RefinementNeck
 
-__all__ = ['BinsToDepth', 'DepthBinLoss', 'DepthL1Loss', 'DepthSILogLoss', 'ScoreToDepth']
+__all__ = [
+    'BinsToDepth',
+    'DepthBinLoss',
+    'DepthL1Loss',
+    'DepthSILogLoss',
+    'GivenFeatures',
+    'RefinementNeck',
+    'ScoreToDepth',
+]
 
 if find_spec('mmseg') is not None:
     from mmstructkd.models.depth_classification_head import DepthClassificationHead

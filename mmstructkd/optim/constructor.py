@@ -92,7 +92,8 @@ class DistillOptimWrapperConstructor:
             if params:
                 wrapper.optimizer.add_param_group(group)
         if own:
-            owners = {id(p): f'term {name!r}' for name, term in model.terms.items() for p in term.parameters()}
+            owners = {id(p): 'StructuredDistiller: `teacher`' for p in model.companion.parameters()}
+            owners.update({id(p): f'term {name!r}' for name, term in model.terms.items() for p in term.parameters()})
             parts = [build_optimizer(owners[id(params[0])], settings, params) for settings, params in own]
             wrapper.optimizer = CompositeOptimizer([wrapper.optimizer, *parts])
         return extend(wrapper, model)

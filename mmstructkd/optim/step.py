@@ -26,6 +26,7 @@ __all__ = ['DistillStep', 'Slot', 'extend']
 
 STUDENT = 'student.'
 TERMS = 'terms.'
+TEACHER = 'teacher'
 # A scaler begins at 2**16 and halves: what overflows at a scale of 2**-20 is no overflow of float16.
 PATIENCE = 32
 SMALLEST_SCALE = 2.0**-20
@@ -84,7 +85,9 @@ class DistillStep(OptimWrapper):
             ConfigError: a term has parameters that no optimiser has.
         """
         self._model = model
-        terms = {id(p): name for name, term in model.terms.items() for p in term.parameters()}
+        self._terms = {**model.terms, **{f'teacher.{name}': term for name, term in model.teacher.terms.items()}}
+        terms = {id(p): name for name, term in self._terms.items() for p in term.parameters()}
+        beside = {id(p) for p in model.companion.parameters()}
         names = {id(p): name for name, p in model.named_parameters()}
         self._slots: list[list[list[Slot]]] = []
         for number, optimizer in enumerate(_parts(self.optimizer)):
@@ -94,11 +97,12 @@ class DistillStep(OptimWrapper):
                 for parameter in group['params']:
                     term = terms.get(id(parameter), '')
                     name = _shown(names.get(id(parameter), 'a parameter'), term)
-                    slots.append(Slot(name, term, (term, number)))
+                    owner = term or (TEACHER if id(parameter) in beside else '')
+                    slots.append(Slot(name, term, (owner, number)))
                 groups.append(slots)
             self._slots.append(groups)
         known = {id(p) for group in self.optimizer.param_groups for p in group['params']}
-        for name, term in model.terms.items():
+        for name, term in self._terms.items():
             if any(p.requires_grad and id(p) not in known for p in term.parameters()):
                 raise ConfigError(
                     f'term {name!r}: `optim_wrapper` must train what the term trains, got one without its parameters. '
@@ -107,7 +111,11 @@ class DistillStep(OptimWrapper):
         # Constants may be infinite (a mask); what becomes so later moved.
         self._moving = [
             (f'{prefix}{path}{"." if path else ""}{key}', module._buffers, key)
-            for prefix, network in (('', model.student), *((f'term {n!r}: ', term) for n, term in model.terms.items()))
+            for prefix, network in (
+                ('', model.student),
+                ('teacher: ', model.companion),
+                *((f'term {n!r}: ', term) for n, term in model.terms.items()),
+            )
             for path, module in network.named_modules()
             for key, buffer in module._buffers.items()
             if buffer is not None
@@ -149,7 +157,7 @@ class DistillStep(OptimWrapper):
         Args:
             **kwargs: for the optimiser.
         """
-        terms = self._model.terms
+        terms = self._terms
         for slot, parameter in self._parameters():
             if slot.term and not terms[slot.term].used:
                 parameter.grad = None

@@ -19,8 +19,8 @@ import torch
 from mmengine.model import BaseModel
 from torch import Tensor
 
-from mmstructkd.distillers.targets import task_of
 from mmstructkd.errors import ConfigError
+from mmstructkd.tasks.targets import task_of
 from mmstructkd.visualization.paint import class_palette, colour_depth, colour_mask, draw_boxes
 from mmstructkd.visualization.side_by_side import side_by_side
 from mmstructkd.visualization.text import PAPER

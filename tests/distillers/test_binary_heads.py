@@ -12,9 +12,9 @@ from mmengine.structures import PixelData
 from torch import nn
 
 from mmstructkd.datasets.scenes import CLASSES
-from mmstructkd.distillers.targets import collect_targets, num_classes_of
 from mmstructkd.errors import ConfigError, ShapeError
 from mmstructkd.registry import MODELS
+from mmstructkd.tasks.targets import collect_targets, num_classes_of
 from mmstructkd.testing import (
     toy_batch,
     toy_config,

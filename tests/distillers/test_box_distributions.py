@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from mmstructkd.distillers.batches import synthetic_batch
 from mmstructkd.errors import ConfigError, ShapeError, TapError
 from mmstructkd.losses import LocalizationKLLoss
 from mmstructkd.registry import MODELS
+from mmstructkd.tasks.batches import synthetic_batch
 from mmstructkd.testing import toy_depth_estimator, toy_detector, toy_distiller
 
 LOSS = dict(type='mmstructkd.LocalizationKLLoss')

@@ -14,12 +14,12 @@ from mmengine.runner import Runner
 from torch import nn
 
 from mmstructkd.distillers import FrozenTeacher
-from mmstructkd.distillers.batches import synthetic_batch
-from mmstructkd.distillers.loading import load_student
-from mmstructkd.distillers.targets import region_targets
 from mmstructkd.errors import TapError
 from mmstructkd.registry import MODELS
 from mmstructkd.taps import Tap
+from mmstructkd.tasks.batches import synthetic_batch
+from mmstructkd.tasks.targets import region_targets
+from mmstructkd.teachers.loading import load_student
 from mmstructkd.testing import toy_config, toy_detector, toy_distiller, toy_segmentor
 
 CLASSES = 4

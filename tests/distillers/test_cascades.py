@@ -13,14 +13,14 @@ from mmdet.models.roi_heads import CascadeRoIHead
 from mmengine.config import ConfigDict
 from torch import Tensor, nn
 
-from mmstructkd.distillers import targets as targets_module
-from mmstructkd.distillers.batches import synthetic_batch
-from mmstructkd.distillers.targets import collect_targets, region_targets, repeat_targets
 from mmstructkd.errors import TapError
 from mmstructkd.losses import DistillLoss
 from mmstructkd.registry import MODELS
 from mmstructkd.structures import Targets
 from mmstructkd.taps import RegionRecorder, Tap, pair_stages, probe_regions, shows_regions, tapped_forward
+from mmstructkd.tasks import targets as targets_module
+from mmstructkd.tasks.batches import synthetic_batch
+from mmstructkd.tasks.targets import collect_targets, region_targets, repeat_targets
 from mmstructkd.testing import toy_detector, toy_distiller
 
 CLASSES = 4

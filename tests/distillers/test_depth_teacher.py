@@ -16,10 +16,7 @@ from mmseg.structures import SegDataSample
 from torch import Tensor, nn
 
 from mmstructkd import functional as F
-from mmstructkd.distillers import term as term_module
-from mmstructkd.distillers.depth_order import check_depth_order, depth_order
 from mmstructkd.distillers.preflight import try_batch
-from mmstructkd.distillers.teacher import TeacherSource
 from mmstructkd.errors import ConfigError
 from mmstructkd.losses import (
     DepthRegressionLoss,
@@ -31,6 +28,9 @@ from mmstructkd.losses import (
 )
 from mmstructkd.registry import MODELS
 from mmstructkd.structures import Targets
+from mmstructkd.teachers.frozen import TeacherSource
+from mmstructkd.terms import term as term_module
+from mmstructkd.terms.depth_order import check_depth_order, depth_order
 from mmstructkd.testing import toy_config, toy_depth_estimator, toy_distiller
 
 #: What a teacher makes of the true depth.
@@ -50,14 +50,14 @@ class Oracle(TeacherSource):
     def __init__(self, says: str, checkpoint: str | None = 'oracle.pth') -> None:
         self.says, self.checkpoint = SAYS[says], checkpoint
 
-    def attach(self, student: nn.Module) -> None:
+    def attach(self, student: nn.Module, config: Any = None) -> None:
         """Needs nothing of the student."""
 
-    def probe(self, inputs: Tensor, data_samples: Sequence[Any] | None, taps: Iterable) -> Any:
+    def probe(self, inputs: Tensor, data_samples: Sequence[Any] | None, taps: Iterable, **known: Any) -> Any:
         size = (inputs.shape[2] // 8, inputs.shape[3] // 8)
         return SimpleNamespace(records={tap: [torch.ones(len(inputs), 1, *size)] for tap in taps})
 
-    def observe(self, inputs: Tensor, data_samples: Any, taps: Iterable, *, regions: Any = None) -> dict:
+    def observe(self, inputs: Tensor, data_samples: Any, taps: Iterable, **known: Any) -> dict:
         depth = torch.stack([sample.gt_depth_map.data for sample in data_samples])
         depth = torch.where(depth > 0, depth, 10.0)[..., ::8, ::8]
         return {tap: [self.says(depth)] for tap in taps}

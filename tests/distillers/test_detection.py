@@ -11,12 +11,12 @@ from mmengine.config import Config, ConfigDict
 from mmengine.structures import InstanceData
 from torch import nn
 
-from mmstructkd.distillers.batches import synthetic_batch
-from mmstructkd.distillers.targets import collect_targets, region_targets
 from mmstructkd.errors import ConfigError, TapError
 from mmstructkd.registry import MODELS
 from mmstructkd.structures import Targets
 from mmstructkd.taps import RegionRecorder
+from mmstructkd.tasks.batches import synthetic_batch
+from mmstructkd.tasks.targets import collect_targets, region_targets
 from mmstructkd.testing import TOY_DETECTORS, toy_detector, toy_distiller
 
 PAIRWISE = dict(type='mmstructkd.PairwiseAffinityLoss', loss_weight=10.0, max_side=32)

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from mmstructkd.compat import without_pretrained
 from mmstructkd.distillers import StructuredDistiller
-from mmstructkd.distillers.batches import needs_of, synthetic_batch
 from mmstructkd.distillers.preflight import build_distiller, measure_cost, peak_factor, try_batch
-from mmstructkd.distillers.targets import collect_targets
 from mmstructkd.errors import ConfigError
 from mmstructkd.losses.base import DistillLoss
 from mmstructkd.registry import MODELS
 from mmstructkd.structures import Targets
+from mmstructkd.tasks.batches import needs_of, synthetic_batch
+from mmstructkd.tasks.targets import collect_targets
 from mmstructkd.testing import toy_batch, toy_detector, toy_distiller, toy_segmentor, toy_terms
 
 CHANNEL = dict(type='mmstructkd.ChannelwiseKLLoss')

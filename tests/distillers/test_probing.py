@@ -16,12 +16,13 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from mmstructkd.compat import alone, config_at_hand
-from mmstructkd.distillers import StructuredDistiller, loading
-from mmstructkd.distillers.batches import fixed_size, pipeline_size, synthetic_batch, training_info
+from mmstructkd.distillers import StructuredDistiller
 from mmstructkd.distillers.probing import probe_sizes, probe_student
 from mmstructkd.errors import ConfigError, TapError
 from mmstructkd.registry import MODELS
 from mmstructkd.taps import Tap
+from mmstructkd.tasks.batches import fixed_size, pipeline_size, synthetic_batch, training_info
+from mmstructkd.teachers import loading
 from mmstructkd.testing import toy_batch, toy_config, toy_detector, toy_distiller, toy_segmentor, toy_terms
 
 PIXEL = dict(type='mmstructkd.PixelwiseKLLoss')

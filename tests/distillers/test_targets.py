@@ -12,9 +12,9 @@ from mmengine.structures import BaseDataElement, PixelData
 from mmseg.structures import SegDataSample
 from torch import nn
 
-from mmstructkd.distillers.targets import collect_targets, point_targets
 from mmstructkd.errors import ShapeError
 from mmstructkd.structures import Targets
+from mmstructkd.tasks.targets import collect_targets, point_targets
 
 SIZE = (8, 12)
 

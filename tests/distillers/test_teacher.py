@@ -13,10 +13,10 @@ from mmengine.structures import PixelData
 from mmseg.structures import SegDataSample
 
 from mmstructkd.distillers import FrozenTeacher
-from mmstructkd.distillers.loading import build_network, file_hash
 from mmstructkd.errors import CheckpointError, ConfigError
 from mmstructkd.registry import MODELS
 from mmstructkd.taps import Tap
+from mmstructkd.teachers.loading import build_network, file_hash
 from mmstructkd.testing import toy_batch, toy_distiller, toy_segmentor
 
 

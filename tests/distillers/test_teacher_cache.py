@@ -22,12 +22,12 @@ from mmengine.runner import Runner
 
 from mmstructkd.checkpoints import read_checkpoint
 from mmstructkd.distillers import FrozenTeacher, StructuredDistiller
-from mmstructkd.distillers.loading import build_network
-from mmstructkd.distillers.tap_store import MAGIC, Narrow, TapStore, narrow, widen
-from mmstructkd.distillers.teacher_cache import TeacherCache
 from mmstructkd.errors import CheckpointError, ConfigError
 from mmstructkd.registry import MODELS
 from mmstructkd.taps import Tap
+from mmstructkd.teachers.cache import TeacherCache
+from mmstructkd.teachers.loading import build_network
+from mmstructkd.teachers.tap_store import MAGIC, Narrow, TapStore, narrow, widen
 from mmstructkd.testing import toy_batch, toy_config, toy_detector, toy_distiller, toy_segmentor, toy_terms
 
 LOGITS, FEATURE = Tap.parse('decode_head.conv_seg'), Tap.parse('backbone[*]')
@@ -464,7 +464,7 @@ def test_the_folder_stays_within_its_bound(weights: str, folder: Path, monkeypat
     # of a distributed run each process takes its share of what is free
     for path in files(folder):
         path.unlink()
-    monkeypatch.setattr('mmstructkd.distillers.tap_store.get_dist_info', lambda: (0, 2))
+    monkeypatch.setattr('mmstructkd.teachers.tap_store.get_dist_info', lambda: (0, 2))
     store = TapStore(str(folder), 10 * one / 1e9)
     part = narrow(torch.zeros(1, 4, 8, 8), 'fp32')
     written = sum(store.write(f'{number:040x}', [part], {}) for number in range(10_000))
@@ -488,8 +488,8 @@ def test_a_full_disk_is_no_reason_to_stop(weights: str, folder: Path, monkeypatc
 
 WRITER = """
 import sys, torch
-from mmstructkd.distillers.tap_store import MAGIC, Narrow, TapStore, narrow, widen
-from mmstructkd.distillers.teacher_cache import TeacherCache
+from mmstructkd.teachers.tap_store import MAGIC, Narrow, TapStore, narrow, widen
+from mmstructkd.teachers.cache import TeacherCache
 store = TapStore(sys.argv[1], 1.0)
 for round in range(30):
     for number in range(5):

@@ -20,11 +20,11 @@ from torch.nn import functional
 from mmstructkd import randomness
 from mmstructkd.checkpoints import read_checkpoint
 from mmstructkd.distillers import FrozenTeacher
-from mmstructkd.distillers.loading import build_network
 from mmstructkd.errors import ConfigError
 from mmstructkd.randomness import own_stream
 from mmstructkd.registry import MODELS
 from mmstructkd.taps import Tap
+from mmstructkd.teachers.loading import build_network
 from mmstructkd.testing import toy_batch, toy_config, toy_distiller, toy_segmentor
 
 CPU = torch.device('cpu')

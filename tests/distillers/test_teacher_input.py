@@ -14,12 +14,12 @@ from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
 from mmstructkd.distillers import FrozenTeacher
-from mmstructkd.distillers.batches import synthetic_batch
-from mmstructkd.distillers.normalization import InputConversion, cover_input, pad_divisor
-from mmstructkd.distillers.teacher_cache import preprocessing
 from mmstructkd.errors import ConfigError
 from mmstructkd.registry import MODELS
 from mmstructkd.taps import Tap
+from mmstructkd.tasks.batches import synthetic_batch
+from mmstructkd.teachers.cache import preprocessing
+from mmstructkd.teachers.normalization import InputConversion, cover_input, pad_divisor
 from mmstructkd.testing import toy_batch, toy_detector, toy_distiller, toy_segmentor
 
 NECK = Tap.parse('neck[*]')

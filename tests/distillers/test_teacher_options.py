@@ -14,12 +14,14 @@ from mmengine.runner import Runner
 from torch import nn
 
 from mmstructkd.checkpoints import read_checkpoint
-from mmstructkd.distillers import FrozenTeacher, StructuredDistiller, execution, teacher
-from mmstructkd.distillers.folding import fold_batch_norm
-from mmstructkd.distillers.loading import build_network
+from mmstructkd.distillers import FrozenTeacher, StructuredDistiller
 from mmstructkd.errors import ConfigError, TapError
 from mmstructkd.registry import MODELS
 from mmstructkd.taps import Tap
+from mmstructkd.teachers import execution
+from mmstructkd.teachers import frozen as teacher
+from mmstructkd.teachers.folding import fold_batch_norm
+from mmstructkd.teachers.loading import build_network
 from mmstructkd.testing import toy_batch, toy_config, toy_detector, toy_distiller, toy_segmentor
 
 # Largest deviation of the student's gradient from that with the plain teacher, relative to its norm.

@@ -16,10 +16,10 @@ from mmengine.registry import init_default_scope
 
 from mmstructkd.compat import without_pretrained
 from mmstructkd.distillers import StructuredDistiller
-from mmstructkd.distillers.batches import needs_of, synthetic_batch, training_info
-from mmstructkd.distillers.loading import _drop_pretrained
 from mmstructkd.errors import ShapeError, TapError
 from mmstructkd.registry import MODELS
+from mmstructkd.tasks.batches import needs_of, synthetic_batch, training_info
+from mmstructkd.teachers.loading import _drop_pretrained
 
 PIXEL = dict(type='mmstructkd.PixelwiseKLLoss')
 CHANNEL = dict(type='mmstructkd.ChannelwiseKLLoss')

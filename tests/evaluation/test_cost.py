@@ -6,8 +6,8 @@ import pytest
 import torch
 from mmengine.analysis import get_model_complexity_info
 
-from mmstructkd.distillers.loading import build_network
 from mmstructkd.evaluation.cost import all_tensors, latency, multiply_adds, parameter_count
+from mmstructkd.teachers.loading import build_network
 from mmstructkd.testing import TOY_DETECTORS, toy_depth_estimator, toy_detector, toy_segmentor
 
 NETWORKS = {'seg': toy_segmentor, 'depth': toy_depth_estimator}

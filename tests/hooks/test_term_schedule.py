@@ -12,9 +12,9 @@ from mmengine.runner import Runner
 from torch import nn
 
 from mmstructkd.checkpoints import read_checkpoint
-from mmstructkd.distillers.schedule import WeightSchedule
 from mmstructkd.hooks import TermScheduleHook
 from mmstructkd.temperatures import LearnableTemperature
+from mmstructkd.terms.schedule import WeightSchedule
 from mmstructkd.testing import toy_config, toy_distiller
 
 LEARNED = dict(
@@ -50,16 +50,19 @@ class Follower(nn.Module):
 def test_modules_are_told_iterations_or_epochs() -> None:
     plain, iterations, epochs = Follower(), Follower(False), Follower(True)
     term = nn.ModuleList([nn.Linear(1, 1), nn.Sequential(plain, iterations), epochs])
-    term.schedule = WeightSchedule(type='linear')
-    teacher = SimpleNamespace(pace=lambda iteration: 1.0)
-    model = SimpleNamespace(terms=nn.ModuleDict({'one': term}), teacher=teacher)
+    term.schedule, term.teacher_taps = WeightSchedule(type='linear'), []
+    teacher = SimpleNamespace(pace=lambda iteration, taps: 1.0, terms={})
+    told: list[tuple[int, int]] = []
+    model = SimpleNamespace(
+        terms=nn.ModuleDict({'one': term}), teacher=teacher, set_progress=lambda *progress: told.append(progress)
+    )
     runner = SimpleNamespace(model=model, iter=3, max_iters=12, epoch=1, max_epochs=4)
     hook = TermScheduleHook()
     hook.before_train(runner)
     hook.before_train_iter(runner, 0)
     runner.iter = 4
     hook.before_train_iter(runner, 0)
-    assert plain.told == iterations.told == [(3, 12), (4, 12)]
+    assert plain.told == iterations.told == told == [(3, 12), (4, 12)]
     assert epochs.told == [(1, 4), (1, 4)]
     assert term.factor == pytest.approx(4 / 12)
 

@@ -10,9 +10,9 @@ import pytest
 from mmengine.runner import Runner
 from torch import nn
 
-from mmstructkd.distillers.schedule import WeightSchedule
 from mmstructkd.errors import ConfigError
 from mmstructkd.hooks import TermScheduleHook
+from mmstructkd.terms.schedule import WeightSchedule
 from mmstructkd.testing import toy_config, toy_distiller, toy_terms
 
 ITERATIONS, EPOCHS = 12, 3
@@ -21,8 +21,9 @@ ITERATIONS, EPOCHS = 12, 3
 def check(every: int = 1, iter_based: bool = False, **schedule: Any) -> None:
     """Start a training of 12 iterations in 3 epochs (or in one, as an iteration-based loop counts)."""
     term = nn.Identity()
+    term.teacher_taps = []
     term.schedule = WeightSchedule(**schedule)
-    teacher = SimpleNamespace(pace=lambda step: float(every) if step % every == 0 else 0.0)
+    teacher = SimpleNamespace(pace=lambda step, taps: float(every) if step % every == 0 else 0.0)
     model = SimpleNamespace(terms=nn.ModuleDict({'late': term}), teacher=teacher)
     epochs = 1 if iter_based else EPOCHS
     TermScheduleHook().before_train(SimpleNamespace(model=model, max_iters=ITERATIONS, max_epochs=epochs))

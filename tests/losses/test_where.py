@@ -9,13 +9,13 @@ import torch
 from mmengine.structures import PixelData
 from mmseg.structures import SegDataSample
 
-from mmstructkd.distillers.batches import synthetic_batch
-from mmstructkd.distillers.targets import collect_targets
 from mmstructkd.errors import ConfigError
 from mmstructkd.losses import DecoupledKLLoss, RegionContrastLoss, RelationalLoss, SimilarityPreservingLoss
 from mmstructkd.losses.depth_base import DepthLoss
 from mmstructkd.registry import MODELS
 from mmstructkd.structures import Targets
+from mmstructkd.tasks.batches import synthetic_batch
+from mmstructkd.tasks.targets import collect_targets
 from mmstructkd.testing import (
     toy_batch,
     toy_depth_estimator,

@@ -14,7 +14,6 @@ from mmengine.config import Config
 from torch import nn
 
 from mmstructkd.distillers import StructuredDistiller
-from mmstructkd.distillers.batches import input_size, real_batch, synthetic_batch
 from mmstructkd.distillers.preflight import (
     gradient_share,
     measure_cost,
@@ -23,6 +22,7 @@ from mmstructkd.distillers.preflight import (
 )
 from mmstructkd.errors import ConfigError
 from mmstructkd.registry import MODELS
+from mmstructkd.tasks.batches import input_size, real_batch, synthetic_batch
 from mmstructkd.testing import toy_batch, toy_config, toy_distiller, toy_segmentor, toy_terms
 
 

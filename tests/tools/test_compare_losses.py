@@ -11,8 +11,8 @@ from mmengine.config import Config
 from mmengine.registry import init_default_scope
 
 from mmstructkd import compat
-from mmstructkd.distillers.batches import synthetic_batch
 from mmstructkd.registry import MODELS
+from mmstructkd.tasks.batches import synthetic_batch
 
 RUNS = {'student_alone': (20.0, 0.5), 'ChannelwiseKLLoss': (27.5, 0.75), 'DistLoss': (19.0, 0.6)}
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from mmstructkd.distillers.loading import build_network
+from mmstructkd.teachers.loading import build_network
 from mmstructkd.testing import toy_config, toy_depth_estimator, toy_detector, toy_distiller, toy_segmentor
 
 NETWORKS = {'seg': toy_segmentor, 'depth': toy_depth_estimator, 'det': lambda: toy_detector('gfl')}

@@ -19,8 +19,8 @@ from mmengine.runner import Runner
 from mmstructkd import compat
 from mmstructkd.checkpoints import read_checkpoint
 from mmstructkd.distillers import student_config
-from mmstructkd.distillers.loading import build_network
 from mmstructkd.registry import MODELS
+from mmstructkd.teachers.loading import build_network
 from mmstructkd.testing import toy_config, toy_distiller, toy_segmentor, toy_terms
 
 
@@ -122,6 +122,33 @@ def test_a_plain_run_is_exported_alike(
     assert 'multiply-adds at 32x40' in shown
     assert 'teacher' not in shown
     assert 'EMA' not in shown
+
+
+def test_a_peer_is_exported_too(tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """It learned beside the student, and its file is that of its own plain config."""
+    teacher = dict(type='mmstructkd.PeerTeacher', config=toy_segmentor(6))
+    terms = {'pixel': toy_terms()['pixel']}
+    cfg = toy_config(toy_distiller(teacher=teacher, terms=terms), tmp_path / 'work', max_iters=1)
+    cfg.dump(tmp_path / 'distilled.py')
+    compat.install()
+    Runner.from_cfg(cfg).train()
+    config, checkpoint = str(tmp_path / 'distilled.py'), str(tmp_path / 'work' / 'iter_1.pth')
+    out = tmp_path / 'peer.pth'
+    assert tool.main([config, checkpoint, '--which', 'teacher', '--out', str(out), '--size', '32', '32']) == 0
+    assert 'weights of the teacher, every key matched' in capsys.readouterr().out
+    state = read_checkpoint(str(out))['state_dict']
+    MODELS.build(toy_segmentor(6)).load_state_dict(state, strict=True)
+    kept = read_checkpoint(checkpoint)['mmstructkd']['companion']
+    assert state
+    assert all(torch.equal(value, kept[f'network.{name}']) for name, value in state.items())
+
+
+def test_a_frozen_teacher_is_not_exported(
+    tool: ModuleType, run: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    config, checkpoint = run
+    assert tool.main([config, checkpoint, '--which', 'teacher', '--out', str(tmp_path / 'a.pth')]) == 1
+    assert 'whose one teacher is a PeerTeacher' in capsys.readouterr().err
 
 
 def test_numpy_values_become_plain(tool: ModuleType, tmp_path: Path) -> None:

@@ -15,8 +15,8 @@ from mmengine.config import Config
 from mmengine.registry import init_default_scope
 
 from mmstructkd import compat
-from mmstructkd.distillers.loading import build_network, load_student
 from mmstructkd.evaluation.training import Training
+from mmstructkd.teachers.loading import build_network, load_student
 
 ROOT = Path(__file__).resolve().parents[2]
 TASKS = ('segmentation', 'depth', 'detection')

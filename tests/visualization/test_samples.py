@@ -11,8 +11,8 @@ from mmengine.registry import DATASETS, init_default_scope
 from mmengine.structures import InstanceData, PixelData
 
 from mmstructkd import compat
-from mmstructkd.distillers.loading import build_network
 from mmstructkd.errors import ConfigError
+from mmstructkd.teachers.loading import build_network
 from mmstructkd.testing import toy_config, toy_depth_estimator, toy_detector, toy_segmentor
 from mmstructkd.visualization import (
     Looks,

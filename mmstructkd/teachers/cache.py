@@ -14,8 +14,6 @@ from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from mmstructkd.compat import pad_value, swaps_channels
-from mmstructkd.distillers.normalization import inner_preprocessor, pad_divisor
-from mmstructkd.distillers.tap_store import DTYPES, Narrow, TapStore, narrow, widen
 from mmstructkd.errors import (
     CheckpointError,
     ConfigError,
@@ -26,6 +24,8 @@ from mmstructkd.errors import (
     suggest,
 )
 from mmstructkd.taps import Tap
+from mmstructkd.teachers.normalization import inner_preprocessor, pad_divisor
+from mmstructkd.teachers.tap_store import DTYPES, Narrow, TapStore, narrow, widen
 
 __all__ = ['VIEW', 'TeacherCache', 'hash_of', 'preprocessing', 'unrepeatable_steps', 'weights_hash']
 

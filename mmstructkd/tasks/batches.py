@@ -19,8 +19,8 @@ from mmengine.runner import Runner
 from mmengine.structures import InstanceData, PixelData
 from torch import Tensor, nn
 
-from mmstructkd.distillers.targets import head_of, task_of
 from mmstructkd.errors import ConfigError
+from mmstructkd.tasks.targets import head_of, task_of
 
 __all__ = [
     'Needs',

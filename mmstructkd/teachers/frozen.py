@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -13,14 +12,10 @@ from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from mmstructkd.checkpoints import IN_TEACHER
-from mmstructkd.distillers.execution import Execution
-from mmstructkd.distillers.folding import fold_batch_norm
-from mmstructkd.distillers.loading import build_network, load_weights, model_config
-from mmstructkd.distillers.normalization import InputConversion, check_network, cover_input
-from mmstructkd.distillers.teacher_cache import TeacherCache, hash_of, preprocessing, weights_hash
 from mmstructkd.errors import ConfigError, TapError, check_flag, is_count, shown
 from mmstructkd.randomness import own_stream
 from mmstructkd.registry import MODELS
+from mmstructkd.structures import Targets
 from mmstructkd.taps import (
     Capture,
     Regions,
@@ -31,65 +26,14 @@ from mmstructkd.taps import (
     in_region_head,
     probe_regions,
 )
+from mmstructkd.teachers.base import Records, TeacherSource
+from mmstructkd.teachers.cache import TeacherCache, hash_of, preprocessing, weights_hash
+from mmstructkd.teachers.execution import Execution
+from mmstructkd.teachers.folding import fold_batch_norm
+from mmstructkd.teachers.loading import build_network, load_weights, model_config
+from mmstructkd.teachers.normalization import InputConversion, check_network, cover_input
 
-__all__ = ['FrozenTeacher', 'TeacherSource']
-
-
-class TeacherSource(ABC):
-    """Gives the teacher's tensor at each tap for a batch.
-
-    Terms know nothing else about a teacher. A source is no ``nn.Module``, so a
-    distiller that holds one does not own what is inside: it is in no
-    ``parameters()``, ``state_dict()``, EMA copy or DDP bucket.
-    """
-
-    #: Hooks that it needs in a run, by name.
-    hooks: tuple[str, ...] = ()
-
-    @abstractmethod
-    def attach(self, student: nn.Module) -> None:
-        """Learn about the student, once, before anything else is asked."""
-
-    @abstractmethod
-    def probe(self, inputs: Tensor, data_samples: Sequence[Any] | None, taps: Iterable[Tap]) -> Capture:
-        """Run one full forward on a small input and plan later ones by it."""
-
-    @abstractmethod
-    def observe(
-        self,
-        inputs: Tensor,
-        data_samples: Sequence[Any] | None,
-        taps: Iterable[Tap],
-        *,
-        regions: Regions | None = None,
-    ) -> dict[Tap, list[Tensor]]:
-        """Return the detached tensors at ``taps`` for a batch of the student.
-
-        ``regions`` are those that the student's RoI head pooled, where a tap
-        lies in the teacher's.
-        """
-
-    @abstractmethod
-    def move(self, function: Callable[[Tensor], Tensor]) -> None:
-        """Apply what the distiller's ``.to()`` applies to its own tensors."""
-
-    def pace(self, step: int) -> float:
-        """Factor of all terms at a step: 0 where the teacher is not asked.
-
-        Called before each iteration: what a source does by the number of the
-        step follows this one until the next call.
-
-        Args:
-            step: iterations done so far.
-
-        Returns:
-            1, unless the source leaves out steps; then the mean over them is 1.
-        """
-        return 1.0
-
-    @abstractmethod
-    def provenance(self) -> dict[str, Any]:
-        """Say in plain values what this teacher is; saved with checkpoints."""
+__all__ = ['FrozenTeacher']
 
 
 @MODELS.register_module()
@@ -116,7 +60,7 @@ class FrozenTeacher(TeacherSource):
         prefix: take the part of the checkpoint whose keys begin so, without
             that: ``'teacher.'`` of a SoftTeacher, ``'architecture.'`` of mmrazor.
         fuse_conv_bn: fold BatchNorm into the convolutions before it; see
-            :func:`~mmstructkd.distillers.folding.fold_batch_norm`. Pairs that a
+            :func:`~mmstructkd.teachers.folding.fold_batch_norm`. Pairs that a
             tap names are left as they are.
         channels_last: run in that memory format; ``None``: if ``dtype`` is of half
             the width, whose kernels are written for it.
@@ -129,7 +73,7 @@ class FrozenTeacher(TeacherSource):
         every: ask the teacher at every k-th iteration only, with all terms
             weighted k times then and silent in between.
         cache: keep its outputs on disk, for pipelines that repeat: arguments of
-            a :class:`~mmstructkd.distillers.teacher_cache.TeacherCache`
+            a :class:`~mmstructkd.teachers.cache.TeacherCache`
             (``folder``, ...). A network whose output for an image depends on the
             others of its batch (because it draws random numbers, or normalises by
             the batch) is then run image by image, and from one stream at all steps.
@@ -218,11 +162,12 @@ class FrozenTeacher(TeacherSource):
         self._shared = twin._shared = True
         return twin
 
-    def attach(self, student: nn.Module) -> None:
+    def attach(self, student: nn.Module, config: Mapping[str, Any] | None = None) -> None:
         """Derive the conversion between the two normalisations.
 
         Args:
             student: the student, with its data preprocessor.
+            config: not used.
 
         Raises:
             ConfigError: one of the two preprocessors cannot be converted from or
@@ -256,6 +201,8 @@ class FrozenTeacher(TeacherSource):
         data_samples: Sequence[Any] | None,
         taps: Iterable[Tap],
         *,
+        student: Records | None = None,
+        targets: Targets | None = None,
         regions: Regions | None = None,
     ) -> Capture:
         """Find a way to run the network that passes every tap; remember how often, and what is changed in place.
@@ -264,6 +211,8 @@ class FrozenTeacher(TeacherSource):
             inputs: a small batch in the student's normalisation.
             data_samples: one per image, or ``None``.
             taps: every tap that will be asked for.
+            student: not used.
+            targets: not used.
             regions: what RoI and point heads look at; ``None``: some boxes.
 
         Returns:
@@ -360,7 +309,9 @@ class FrozenTeacher(TeacherSource):
         data_samples: Sequence[Any] | None,
         taps: Iterable[Tap],
         *,
+        student: Records | None = None,
         regions: Regions | None = None,
+        labelled: bool = True,
     ) -> dict[Tap, list[Tensor]]:
         """Return the tensors at ``taps``; nothing behind the deepest of them runs.
 
@@ -368,7 +319,9 @@ class FrozenTeacher(TeacherSource):
             inputs: a batch in the student's normalisation, shape (B, 3, H, W).
             data_samples: one per image, or ``None``.
             taps: taps that were probed.
+            student: not used.
             regions: what a RoI head pools, for taps in it.
+            labelled: not used.
 
         Returns:
             For each tap its tensors in the order of the calls, without graph.
@@ -439,17 +392,26 @@ class FrozenTeacher(TeacherSource):
         self.network._apply(function)
         self._execution = self._execution.renewed()
 
-    def pace(self, step: int) -> float:
+    def pace(self, step: int, taps: Iterable[Tap] = ()) -> float:
         """``every`` at each step that is a multiple of it, else 0; the random stream is that of this step.
 
         Args:
             step: iterations done so far.
+            taps: not used.
 
         Returns:
             The factor of all terms.
         """
         self._step = step
         return float(self.every) if step % self.every == 0 else 0.0
+
+    def without_cache(self) -> None:
+        """Run for each batch from now on, and write nothing."""
+        self.cache = None
+
+    def report(self) -> list[str]:
+        """What the cache gave, if there is one."""
+        return [] if self.cache is None else [self.cache.report()]
 
     def provenance(self) -> dict[str, Any]:
         """Config, checkpoint and its SHA-256."""

@@ -6,6 +6,7 @@ import bisect
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 from mmstructkd.errors import (
     ConfigError,
@@ -13,18 +14,20 @@ from mmstructkd.errors import (
     check_finite_number,
     check_flag,
     check_one_of,
+    check_positive,
     is_count,
     shown,
     suggest,
 )
+from mmstructkd.functional.schedules import exponential_factor
 
 __all__ = ['WeightSchedule']
 
 #: Arguments that not every type reads.
-READ_BY = {'start_factor': ('linear', 'cosine'), 'milestones': ('step',), 'gamma': ('step',)}
+READ_BY = {'start_factor': ('linear', 'cosine', 'exponential'), 'milestones': ('step',), 'gamma': ('step',)}
 #: Iterations of any training.
 MAX_STEPS = 10**12
-KINDS = ('constant', 'linear', 'cosine', 'step', 'ramp_up')
+KINDS = ('constant', 'linear', 'cosine', 'exponential', 'step', 'ramp_up')
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,8 @@ class WeightSchedule:
     - ``constant``: ``end_factor`` in ``[begin, end)``, 0 outside;
     - ``linear``, ``cosine``: from ``start_factor`` to ``end_factor``, held
       before and after;
+    - ``exponential``: likewise, by a constant ratio (both factors above 0; joint
+      adaptation and distillation goes from 0.1 to 0.9);
     - ``step``: ``end_factor`` times ``gamma`` for each milestone passed, 0
       outside ``[begin, end)``;
     - ``ramp_up``: :math:`e^{-5(1-r)^2}` times ``end_factor``, 0 before
@@ -48,11 +53,13 @@ class WeightSchedule:
         type: one of the names above.
         begin: first iteration or epoch of the window.
         end: the one after its last; ``None``: the end of training.
-        start_factor: factor at ``begin`` (``linear``, ``cosine``).
+        start_factor: factor at ``begin`` (``linear``, ``cosine``, ``exponential``).
         end_factor: factor at ``end``.
         milestones: for ``step``, increasing.
         gamma: for ``step``.
         by_epoch: count epochs instead of iterations.
+        complement: take 1 minus the factor, for what fades as something else comes
+            in; the factor must stay within 1.
     """
 
     type: str = 'constant'
@@ -63,6 +70,7 @@ class WeightSchedule:
     milestones: Sequence[int] = ()
     gamma: float = 0.1
     by_epoch: bool = False
+    complement: bool = False
 
     def __post_init__(self) -> None:
         owner = 'WeightSchedule'
@@ -71,6 +79,15 @@ class WeightSchedule:
         for name in ('start_factor', 'end_factor', 'gamma'):
             check_finite_number(owner, name, getattr(self, name), minimum=0)
         check_flag(owner, 'by_epoch', self.by_epoch)
+        check_flag(owner, 'complement', self.complement)
+        if self.complement and max(self.start_factor, self.end_factor) > 1:
+            raise ConfigError(
+                f'{owner}: `complement` must go with factors of at most 1, got {self.start_factor:g} and '
+                f'{self.end_factor:g}. A factor below 0 has no meaning.'
+            )
+        if self.type == 'exponential':
+            check_positive(owner, 'start_factor', self.start_factor)
+            check_positive(owner, 'end_factor', self.end_factor)
         if self.end is not None and not (is_count(self.end) and self.begin < self.end <= MAX_STEPS):
             raise ConfigError(f'{owner}: `end` must lie after `begin`={self.begin}, got {shown(self.end)}.')
         if not isinstance(self.milestones, (list, tuple)):
@@ -90,7 +107,7 @@ class WeightSchedule:
             raise ConfigError("WeightSchedule: `milestones` must not be empty for type='step', got ().")
 
     @classmethod
-    def from_config(cls, config: dict | None, owner: str) -> WeightSchedule:
+    def from_config(cls, config: Mapping[str, Any] | None, owner: str) -> WeightSchedule:
         """Read ``schedule=dict(...)`` of a term.
 
         Args:
@@ -131,6 +148,11 @@ class WeightSchedule:
         Returns:
             The factor, at least 0.
         """
+        value = self._rising(step, last)
+        return 1.0 - value if self.complement else value
+
+    def _rising(self, step: int, last: int) -> float:
+        """The factor before a complement is taken."""
         end = last if self.end is None else self.end
         if self.type in ('constant', 'step'):
             if step < self.begin or (self.end is not None and step >= end):
@@ -142,6 +164,8 @@ class WeightSchedule:
         progress = min(max((step - self.begin) / max(end - self.begin, 1), 0.0), 1.0)
         if self.type == 'ramp_up':
             return self.end_factor * math.exp(-5.0 * (1.0 - progress) ** 2)
+        if self.type == 'exponential':
+            return exponential_factor(progress, start=self.start_factor, end=self.end_factor)
         if self.type == 'cosine':
             progress = (1.0 - math.cos(math.pi * progress)) / 2.0
         return self.start_factor + (self.end_factor - self.start_factor) * progress

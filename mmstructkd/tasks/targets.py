@@ -12,10 +12,10 @@ import torch
 from mmengine.structures import BaseDataElement
 from torch import Tensor, nn
 
-from mmstructkd.distillers.normalization import valid_area
 from mmstructkd.errors import ShapeError
 from mmstructkd.functional.resize import resize_labels, resize_mask
 from mmstructkd.structures import Targets
+from mmstructkd.tasks.area import valid_area
 
 __all__ = [
     'branches_of',

@@ -52,7 +52,8 @@ def _distils(model: Mapping[str, Any]) -> bool:
     """Whether a model's config is a distiller's; one of the user's own has the same parts."""
     if own_name(model.get('type')) == DISTILLER.split('.')[-1] or model.get('type') == DISTILLER.split('.')[-1]:
         return True
-    return isinstance(model.get('student'), Mapping) and 'teacher' in model and 'terms' in model
+    taught = 'teacher' in model or 'teachers' in model
+    return isinstance(model.get('student'), Mapping) and taught and 'terms' in model
 
 
 def drop_own_import(cfg: Config, *, always: bool = False) -> None:
@@ -98,12 +99,13 @@ def _names_own(value: Any, keys: Collection[str] | None = None) -> bool:
     return own_name(value) is not None
 
 
-def model_config(config: str | Mapping[str, Any], owner: str) -> ConfigDict:
+def model_config(config: str | Mapping[str, Any], owner: str, *, pretrained: bool = False) -> ConfigDict:
     """Read the ``model`` of a file, of ``mmseg::...``, or of an inline dict.
 
     Args:
         config: path, ``scope::path``, a whole config, or the model itself.
         owner: who asks, for the message.
+        pretrained: keep what names the weights that it would start from.
 
     Returns:
         The model's config, with ``_scope_`` and ``data_preprocessor`` filled in,
@@ -137,7 +139,8 @@ def model_config(config: str | Mapping[str, Any], owner: str) -> ConfigDict:
         scope = None if current is None else current.scope_name
     if scope is not None:
         model.setdefault('_scope_', scope)
-    _drop_pretrained(model)
+    if not pretrained:
+        _drop_pretrained(model)
     return model
 
 
@@ -183,12 +186,14 @@ def _names_weights(init: Any) -> bool:
     return isinstance(init, dict) and (str(init.get('type', '')).startswith('Pretrained') or 'checkpoint' in init)
 
 
-def build_network(config: str | Mapping[str, Any], owner: str) -> nn.Module:
-    """Build a network of mmseg or mmdet without any weights.
+def build_network(config: str | Mapping[str, Any], owner: str, *, pretrained: bool = False) -> nn.Module:
+    """Build a network of mmseg or mmdet; no weights are read.
 
     Args:
         config: see :func:`model_config`.
         owner: who asks, for the message.
+        pretrained: keep what names the weights that it would start from, for
+            ``init_weights()``.
 
     Returns:
         The network.
@@ -197,7 +202,12 @@ def build_network(config: str | Mapping[str, Any], owner: str) -> nn.Module:
         ConfigError: it cannot be built, or is none of mmengine's.
     """
     made: nn.Module = build_part(
-        owner, 'config', model_config(config, owner), what='network', example="'mmseg::...'", known=BaseModel
+        owner,
+        'config',
+        model_config(config, owner, pretrained=pretrained),
+        what='network',
+        example="'mmseg::...'",
+        known=BaseModel,
     )
     if not isinstance(made, BaseModel):
         raise ConfigError(f'{owner}: `config` must be of a network of mmengine, got {type(made).__name__}.')

@@ -7,7 +7,7 @@ import copy
 import dataclasses
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +17,6 @@ from torch import Tensor, nn
 
 from mmstructkd.connectors import build_connector
 from mmstructkd.connectors.tokens import grid_of
-from mmstructkd.distillers.depth_order import check_depth_order
-from mmstructkd.distillers.schedule import WeightSchedule
-from mmstructkd.distillers.targets import head_at, num_classes_of, point_targets, region_targets, repeat_targets
 from mmstructkd.errors import (
     CheckpointError,
     ConfigError,
@@ -37,10 +34,13 @@ from mmstructkd.optim import check_optimizer
 from mmstructkd.registry import MODELS, build_part, look_up
 from mmstructkd.structures import Targets
 from mmstructkd.taps import Regions, Tap, in_region_head, shows_regions
+from mmstructkd.tasks.targets import head_at, num_classes_of, point_targets, region_targets, repeat_targets
+from mmstructkd.terms.depth_order import check_depth_order
+from mmstructkd.terms.schedule import WeightSchedule
 
 __all__ = ['Level', 'Term', 'parse_terms']
 
-KEYS = ('tap', 'loss', 'connector', 'schedule', 'match', 'where')
+KEYS = ('tap', 'loss', 'connector', 'schedule', 'match', 'where', 'on')
 #: What configs give a term by mistake, and where it belongs.
 MISPLACED = {
     **dict.fromkeys(('type', 'loss_weight', 'temperature', 'preset'), 'It belongs into `loss`.'),
@@ -107,6 +107,8 @@ class Term(nn.Module):
         where: which positions count: ``'inside'`` the images, labelled or not,
             or only the ``'labelled'`` ones (for depth: where the ground truth
             has a reading). ``None``: what the loss's method published.
+        on: the batches on which it compares: ``'labelled'``, the one that the task is
+            trained on, or streams of the distiller by name.
     """
 
     def __init__(
@@ -118,6 +120,7 @@ class Term(nn.Module):
         schedule: dict | None = None,
         match: str = 'stride',
         where: str | None = None,
+        on: str | Sequence[str] = 'labelled',
     ) -> None:
         super().__init__()
         self.name = name
@@ -132,6 +135,7 @@ class Term(nn.Module):
         if where is not None:
             check_one_of(owner, 'where', where, PLACES)
         self._where = where
+        self.on = self._streams(on, owner)
         self.schedule = WeightSchedule.from_config(schedule, owner)
         self.factor = self.schedule.factor(0, 1)
         self.pace = 1.0  # of the teacher, see TeacherSource.pace
@@ -147,6 +151,18 @@ class Term(nn.Module):
         self.log_keys: tuple[str, ...] = ()
         self.by_class = False  # whether class k of the student stands against class k of the teacher
         self._looks = LOOKS
+
+    @staticmethod
+    def _streams(on: Any, owner: str) -> tuple[str, ...]:
+        """Read on which batches the term compares."""
+        names = (on,) if isinstance(on, str) else tuple(on) if isinstance(on, (list, tuple)) else ()
+        good = all(isinstance(name, str) and name.isidentifier() for name in names)
+        if not names or not good or len(set(names)) < len(names):
+            raise ConfigError(
+                f"{owner}: `on` must be the name of a stream or a list of them, got {on!r}. 'labelled' is the batch "
+                'that the task is trained on.'
+            )
+        return names
 
     @staticmethod
     def _sides(tap: Any, owner: str) -> Mapping[str, Any]:
@@ -349,6 +365,7 @@ class Term(nn.Module):
         network: nn.Module | None,
         student_network: nn.Module | None = None,
         trained: bool = True,
+        teacher_tap: Tap | None = None,
     ) -> None:
         """Build connectors and sized losses from the probe, and try the loss once.
 
@@ -362,6 +379,7 @@ class Term(nn.Module):
             student_network: the student.
             trained: the teacher's weights mean something. Those of a random one
                 are not asked whether they agree with the ground truth.
+            teacher_tap: its first tap as ``network`` names it; ``None``: as the term does.
 
         Raises:
             ConfigError: the teacher has other classes, a head does not predict
@@ -373,7 +391,7 @@ class Term(nn.Module):
         self._check_where(targets)
         heads = (
             head_at(student_network, self.student_taps[0].module),
-            head_at(network, self.teacher_taps[0].module),
+            head_at(network, (teacher_tap or self.teacher_taps[0]).module),
         )
         with self._named():
             notes = self.loss.check_heads(*heads)
@@ -769,11 +787,12 @@ class Term(nn.Module):
         return f'student={[str(t) for t in self.student_taps]}, teacher={[str(t) for t in self.teacher_taps]}'
 
 
-def parse_terms(terms: Any) -> nn.ModuleDict:
+def parse_terms(terms: Any, owner: str = 'StructuredDistiller') -> nn.ModuleDict:
     """Build the terms of a config.
 
     Args:
         terms: dict of dicts by name.
+        owner: whose they are, for messages.
 
     Returns:
         The terms by name.
@@ -782,9 +801,10 @@ def parse_terms(terms: Any) -> nn.ModuleDict:
         ConfigError: not a dict, an unknown key, a missing one, or a name that
             cannot be logged.
     """
+    whose = owner
     if not isinstance(terms, Mapping) or not terms:
         raise ConfigError(
-            f'StructuredDistiller: `terms` must be a dict of terms by name, got {terms!r}. '
+            f'{whose}: `terms` must be a dict of terms by name, got {terms!r}. '
             "Example: terms=dict(pixel=dict(tap='decode_head.conv_seg', loss=dict(...)))."
         )
     built = nn.ModuleDict()
@@ -794,7 +814,7 @@ def parse_terms(terms: Any) -> nn.ModuleDict:
             raise ConfigError(f'{owner}: the name of a term in `terms` must be a plain identifier, got {name!r}.')
         if name in (*KEYS, *MISPLACED) and not isinstance(config, Mapping):
             raise ConfigError(
-                f'StructuredDistiller: `terms` must be a dict of terms by name, got the key {name!r} of a single term. '
+                f'{whose}: `terms` must be a dict of terms by name, got the key {name!r} of a single term. '
                 'Give it a name: terms=dict(<name>=dict(tap=..., loss=...)).'
             )
         if name in dir(nn.ModuleDict) or '__' in name:

@@ -15,41 +15,14 @@ from torch.nn.functional import pad
 from mmstructkd.compat import pad_value, swaps_channels
 from mmstructkd.errors import ConfigError
 from mmstructkd.taps import Tap, in_region_head
+from mmstructkd.tasks.area import valid_area
 
-__all__ = ['InputConversion', 'check_network', 'cover_input', 'inner_preprocessor', 'pad_divisor', 'valid_area']
+__all__ = ['InputConversion', 'check_network', 'cover_input', 'inner_preprocessor', 'pad_divisor']
 
 # Whose forward is known to be (channel order) -> (x - mean) / std -> pad. All others are tried.
 KNOWN = ('BaseDataPreprocessor', 'ImgDataPreprocessor', 'SegDataPreProcessor', 'DetDataPreprocessor')
 KNOWN += ('BoxInstDataPreprocessor',)
 OWNERS = ('mmengine', 'mmseg', 'mmdet')
-
-
-def image_sizes(data_samples: Sequence[Any] | None) -> list[tuple[int, int]] | None:
-    """Unpadded (h, w) of each image, or ``None`` where it is not known."""
-    if not data_samples:
-        return None
-    sizes = [sample.metainfo.get('img_shape') for sample in data_samples]
-    return None if any(size is None for size in sizes) else [tuple(size[:2]) for size in sizes]
-
-
-def valid_area(inputs: Tensor, data_samples: Sequence[Any] | None) -> Tensor | None:
-    """Pixels inside the images, i.e. not padding.
-
-    Args:
-        inputs: the batch, shape (B, C, H, W), padded at the right and bottom.
-        data_samples: one per image, with ``img_shape`` in their metainfo.
-
-    Returns:
-        Bool, shape (B, H, W); ``None`` where nothing is padded.
-    """
-    height, width = inputs.shape[-2:]
-    sizes = image_sizes(data_samples)
-    if sizes is None or all(h >= height and w >= width for h, w in sizes):
-        return None
-    sides = torch.tensor(sizes, device=inputs.device)
-    rows = torch.arange(height, device=inputs.device)[None, :, None] < sides[:, 0, None, None]
-    columns = torch.arange(width, device=inputs.device)[None, None, :] < sides[:, 1, None, None]
-    return rows & columns
 
 
 def inner_preprocessor(preprocessor: nn.Module) -> nn.Module:

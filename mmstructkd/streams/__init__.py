@@ -1,0 +1,21 @@
+"""Batches other than the labelled one, on which terms may compare student and teacher."""
+
+from mmstructkd.streams.base import Stream, StreamBatch
+from mmstructkd.streams.building import LABELLED, build_streams
+from mmstructkd.streams.data import DataStream
+from mmstructkd.streams.mixed import MixedStream
+from mmstructkd.streams.preprocessing import StreamPreprocessor
+from mmstructkd.streams.scaled import ScaledStream
+from mmstructkd.streams.turned import TurnedStream
+
+__all__ = [
+    'LABELLED',
+    'DataStream',
+    'MixedStream',
+    'ScaledStream',
+    'Stream',
+    'StreamBatch',
+    'StreamPreprocessor',
+    'TurnedStream',
+    'build_streams',
+]

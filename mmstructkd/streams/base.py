@@ -1,0 +1,77 @@
+"""What a stream is: another batch for both networks."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from mmstructkd.errors import check_one_of
+from mmstructkd.structures import Targets
+
+__all__ = ['Stream', 'StreamBatch']
+
+NORMS = ('frozen', 'update')
+
+
+@dataclass(frozen=True, eq=False)
+class StreamBatch:
+    """A batch of a stream.
+
+    Attributes:
+        inputs: images in the student's normalisation, shape (B', 3, h, w).
+        data_samples: one per image, without labels; ``None``: nothing is known.
+        targets: what is known of it: which pixels are inside images, and labels
+            where the stream has any.
+    """
+
+    inputs: Tensor
+    data_samples: Sequence[Any] | None
+    targets: Targets
+
+
+class Stream(ABC):
+    """Turns a training batch into another batch.
+
+    Args:
+        norm: what the student's BatchNorm layers do on it: ``'frozen'``, as in
+            eval and without moving their statistics, or ``'update'``, as in
+            training.
+
+    Attributes:
+        labelled: whether its targets have the labels of the task.
+        reads_data: whether it reads its images from the data loader's batch.
+    """
+
+    labelled: bool = False
+    reads_data: bool = False
+
+    def __init__(self, norm: str = 'frozen') -> None:
+        check_one_of(type(self).__name__, 'norm', norm, NORMS)
+        self.norm = norm
+
+    @abstractmethod
+    def make(
+        self,
+        inputs: Tensor,
+        data_samples: Sequence[Any] | None,
+        targets: Targets,
+        others: Mapping[str, Any],
+        step: int,
+    ) -> StreamBatch:
+        """Make the batch.
+
+        Args:
+            inputs: the labelled batch in the student's normalisation.
+            data_samples: its samples; they are not changed.
+            targets: what is known of it.
+            others: the preprocessed batch of this stream's dataset, where it
+                :attr:`reads_data`.
+            step: iterations done so far: what is drawn depends on it alone.
+
+        Returns:
+            The batch.
+        """

@@ -1,0 +1,175 @@
+"""A network that learns beside the student, and from it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from mmengine.logging import print_log
+from torch import Tensor, nn
+
+from mmstructkd.errors import ConfigError
+from mmstructkd.registry import MODELS
+from mmstructkd.structures import Targets
+from mmstructkd.taps import Capture, Regions, Tap, probe_regions
+from mmstructkd.tasks.targets import head_of, num_classes_of
+from mmstructkd.teachers.base import Records
+from mmstructkd.teachers.loading import build_network, load_weights
+from mmstructkd.teachers.normalization import InputConversion
+from mmstructkd.teachers.trained import TrainedTeacher
+from mmstructkd.terms.term import parse_terms
+
+__all__ = ['PeerTeacher']
+
+
+@MODELS.register_module()
+class PeerTeacher(TrainedTeacher):
+    """Another network that trains at the same time, with the task and with terms of its own.
+
+    Deep mutual learning (arXiv:1706.00384) where both learn the task and from each
+    other; ProKT (arXiv:2107.09305) where the peer learns the task and is held near
+    the student, which learns from the peer alone. Its ``terms`` are ordinary terms
+    with the roles swapped: a tap's ``student`` side is the peer, its ``teacher``
+    side the student. Both networks are evaluated at the same parameters and updated
+    together; the authors of ProKT step the teacher first, so that their student sees
+    it one step later.
+
+    A peer is trained and never exported with the student;
+    ``tools/export_student.py --which teacher`` exports it instead.
+
+    Args:
+        config: path of a config, ``mmseg::...``, or an inline dict.
+        checkpoint: where it starts; every parameter must come from it. ``None``: as
+            its own config initialises it.
+        trust_checkpoint: allow a checkpoint whose reading runs code.
+        terms: terms by name, from the student to it.
+        task_weight: factor of its task losses.
+        task_schedule: config of a :class:`WeightSchedule` for that factor.
+        optimizer: config of an optimiser of its own; ``None``: it goes with the
+            student's settings.
+
+    Raises:
+        ConfigError: no such config, or a term cannot be built.
+        CheckpointError: the checkpoint does not give every parameter.
+    """
+
+    def __init__(
+        self,
+        config: str | Mapping[str, Any],
+        checkpoint: str | None = None,
+        *,
+        trust_checkpoint: bool = False,
+        terms: Mapping[str, Any] | None = None,
+        task_weight: float = 1.0,
+        task_schedule: Mapping[str, Any] | None = None,
+        optimizer: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(task_weight, task_schedule)
+        owner = type(self).__name__
+        self.config = config if isinstance(config, str) else 'inline'
+        self.checkpoint = checkpoint
+        self.hash: str | None = None
+        network = build_network(config, owner, pretrained=checkpoint is None)
+        if checkpoint is None:
+            network.init_weights()
+            print_log(f'{owner}: the network starts as its config initialises it.', 'current')
+        else:
+            self.hash = load_weights(network, checkpoint, owner=owner, trust_checkpoint=trust_checkpoint)
+        network.train()
+        self.trained = nn.Module()
+        self.trained.network = network
+        self.trained.terms = parse_terms(terms, 'PeerTeacher') if terms else nn.ModuleDict()
+        self._adopt(self.trained)
+        self.reads = tuple(dict.fromkeys(tap for term in self.terms.values() for tap in term.teacher_taps))
+        if optimizer is not None and (not isinstance(optimizer, Mapping) or 'type' not in optimizer):
+            raise ConfigError(f'{owner}: `optimizer` must be a dict with a `type`, got {optimizer!r}.')
+        self.own_optimizer = None if optimizer is None else dict(optimizer)
+        self._convert: InputConversion | None = None
+
+    def _adopt(self, trained: nn.Module) -> None:
+        self.network = trained.network
+        self.terms = trained.terms
+
+    def attach(self, student: nn.Module, config: Mapping[str, Any] | None = None) -> None:
+        """Derive the conversion between the two normalisations.
+
+        Args:
+            student: the student.
+            config: not used.
+        """
+        assert self.network is not None
+        self._student = [student]  # in a list: not owned
+        self._convert = InputConversion(student.data_preprocessor, self.network.data_preprocessor)
+        for term in self.terms.values():
+            for tap in term.teacher_taps:
+                tap.resolve(student, f'{type(self).__name__}, term {term.name!r}: `teacher` (the student here)')
+
+    def _own_taps(self) -> list[Tap]:
+        """What its terms tap of it."""
+        return [tap for term in self.terms.values() for tap in term.student_taps]
+
+    def probe(
+        self,
+        inputs: Tensor,
+        data_samples: Sequence[Any] | None,
+        taps: Iterable[Tap],
+        *,
+        student: Records | None = None,
+        targets: Targets | None = None,
+        regions: Regions | None = None,
+    ) -> Capture:
+        """Run it in eval, and let its terms build what depends on sizes."""
+        assert self.network is not None
+        assert self._convert is not None
+        taps = tuple(dict.fromkeys([*taps, *self._own_taps()]))
+        self._check_taps(taps)
+        capture = self._try(self._convert(inputs, data_samples), self._convert.samples(inputs, data_samples), taps)
+        some = probe_regions(len(inputs), tuple(inputs.shape[-2:]))
+        classes = (num_classes_of(head_of(self.network)), num_classes_of(head_of(self._student[0])))
+        for term in self.terms.values():
+            term.bind(
+                capture.records,
+                student or {},
+                classes,
+                targets or Targets(),
+                some,
+                self._student[0],
+                self.network,
+                True,
+            )
+        return capture
+
+    def observe(
+        self,
+        inputs: Tensor,
+        data_samples: Sequence[Any] | None,
+        taps: Iterable[Tap],
+        *,
+        student: Records | None = None,
+        regions: Regions | None = None,
+        labelled: bool = True,
+    ) -> dict[Tap, list[Tensor]]:
+        """Run it on its own normalisation of the batch."""
+        assert self._convert is not None
+        images = self._convert(inputs, data_samples)
+        samples = self._convert.samples(inputs, data_samples)
+        active = [tap for term in self.terms.values() if term.active for tap in term.student_taps]
+        return self._run(images, samples, tuple(dict.fromkeys([*taps, *active])), labelled)
+
+    def objectives(self, student: Records, targets: Targets) -> dict[str, Any]:
+        """Its task losses, and what its terms ask of it; the student's side is detached by each loss."""
+        losses = super().objectives(student, targets)
+        records, self._records = self._records, {}
+        for term in self.terms.values():
+            for name, value in term(records, student, targets, None).items():
+                losses[f'teacher_{name}'] = value
+        return losses
+
+    def provenance(self) -> dict[str, Any]:
+        """Config, checkpoint it started from, and its SHA-256."""
+        return {
+            'type': type(self).__name__,
+            'config': self.config,
+            'checkpoint': None if self.checkpoint is None else str(self.checkpoint),
+            'sha256': self.hash,
+        }
