@@ -277,12 +277,12 @@ class StructuredDistiller(BaseModel):
                         level=30,
                     )
         known = self._known(seen.inputs)
-        # A random teacher agrees with no ground truth, and is asked for none.
-        trained = getattr(self._teacher, 'checkpoint', '') is not None
         for term in self.terms.values():
             network, tap = self._teacher.part_of(term.teacher_taps[0])
             classes = (_num_classes(self.student), self._teacher.num_classes(term.teacher_taps[0]))
-            term.bind(capture.records, observed.records, classes, known, regions, network, self.student, trained, tap)
+            # A random teacher agrees with no ground truth, and is asked for none.
+            learned = self._teacher.has_learned(term.teacher_taps[0])
+            term.bind(capture.records, observed.records, classes, known, regions, network, self.student, learned, tap)
             for level in term.levels:
                 print_log(
                     f'term {term.name!r}: student {level.student_tap} {level.student}, '

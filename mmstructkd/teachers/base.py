@@ -183,6 +183,10 @@ class TeacherSource(ABC):
         """The teacher that a tap lies in: this one, or one of several."""
         return self
 
+    def has_learned(self, tap: Tap) -> bool:
+        """Whether what a tap lies in knows the task before this training, so that it may be held against labels."""
+        return getattr(self, 'checkpoint', '') is not None
+
     def part_of(self, tap: Tap) -> tuple[nn.Module | None, Tap]:
         """The network that a tap lies in, and the tap as that network names it."""
         return self.network, tap

@@ -233,6 +233,10 @@ class TeacherGroup(TeacherSource):
             member = self.members[next(iter(member.weights))]
         return member.member(own)
 
+    def has_learned(self, tap: Tap) -> bool:
+        """Whether the member that is tapped has; of a mean its first teacher."""
+        return self.member(tap).has_learned(self.member_of(tap)[1])
+
     def part_of(self, tap: Tap) -> tuple[nn.Module | None, Tap]:
         """The member's network, and the tap in it."""
         name, own = self.member_of(tap)

@@ -135,7 +135,7 @@ class PeerTeacher(TrainedTeacher):
                 some,
                 self._student[0],
                 self.network,
-                True,
+                False,  # the student learns in this training
             )
         return capture
 

@@ -109,6 +109,10 @@ class TrainedTeacher(TeacherSource):
         self._clone = capture.changed_in_place()
         return capture
 
+    def has_learned(self, tap: Tap) -> bool:
+        """It learns in this training."""
+        return False
+
     def set_progress(self, step: int, last: int) -> None:
         """Follow the schedule of the task's weight.
 

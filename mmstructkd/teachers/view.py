@@ -186,6 +186,10 @@ class ViewTeacher(TeacherSource):
         taps = tuple(dict.fromkeys(taps))
         return self._back(self._look(inputs, data_samples, taps, self._calls).records)
 
+    def has_learned(self, tap: Tap) -> bool:
+        """It learns in this training."""
+        return False
+
     def set_progress(self, step: int, last: int) -> None:
         """Before the first step the average takes the initial weights.
 

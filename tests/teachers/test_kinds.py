@@ -11,6 +11,8 @@ import torch
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
+from mmengine.structures import PixelData
+from mmseg.structures import SegDataSample
 
 from mmstructkd.checkpoints import read_checkpoint
 from mmstructkd.errors import ConfigError, TapError
@@ -169,6 +171,32 @@ def test_a_self_teacher_for_depth_and_detection(student: dict, terms: dict, task
     assert torch.tensor(runner.message_hub.get_scalar('train/loss_kd_levels').data[0]).isfinite().all()
     content = read_checkpoint(str(tmp_path / 'iter_2.pth'))
     MODELS.build(copy.deepcopy(student)).load_state_dict(content['state_dict'], strict=True)
+
+
+@pytest.mark.parametrize('kind', ['self', 'peer', 'view', 'group'])
+def test_depth_of_who_learns_in_this_training_is_not_held_against_the_truth(kind: str) -> None:
+    """A twin, a peer or the student itself orders depth at random at first: no sign of disparity."""
+    student = toy_depth_estimator(4)
+    term = dict(tap='decode_head.to_depth', loss=dict(type='mmstructkd.DepthRegressionLoss', kind='l1'))
+    learner = dict(type='mmstructkd.PeerTeacher', config=student, terms=dict(back=term))
+    teachers = {'self': SELF, 'peer': learner, 'view': dict(type='mmstructkd.ViewTeacher', flip=True)}
+    model = toy_distiller(student=student, teacher=teachers.get(kind, SELF), terms=dict(metres=term))
+    if kind == 'group':
+        model.pop('teacher')
+        model.teachers = dict(own=SELF, peer=learner)
+        tap = dict(student='decode_head.to_depth', teacher='peer.decode_head.to_depth')
+        model.terms = dict(metres=dict(term, tap=tap))
+    built = MODELS.build(model).train()
+    for seed in range(4):
+        torch.manual_seed(seed)
+        depth = torch.linspace(20.0, 2.0, 64)[:, None].expand(64, 64).clone()
+        samples = []
+        for _ in range(2):
+            sample = SegDataSample(metainfo=dict(img_shape=(64, 64)))
+            sample.gt_depth_map = PixelData(data=depth[None])
+            samples.append(sample)
+        losses = built(torch.randn(2, 3, 64, 64), samples, mode='loss')
+        assert losses['loss_kd_metres'].isfinite()
 
 
 def test_a_route_changes_its_weights_on_the_way(tmp_path: Path) -> None:
