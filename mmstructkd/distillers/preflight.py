@@ -382,6 +382,16 @@ def _fresh(batch: Mapping[str, Any]) -> tuple[Tensor, Any]:
     return batch['inputs'], copy.deepcopy(batch['data_samples'])
 
 
+def _others(distiller: StructuredDistiller, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The batches of streams that read data; where the batch has none (``--synthetic``), the labelled one again."""
+    found: dict[str, Any] = {}
+    for name, stream in distiller.streams.items():
+        if stream.reads_data:
+            inputs, samples = _fresh(batch.get(name) or batch)
+            found[name] = {'inputs': inputs, 'data_samples': samples}
+    return found
+
+
 def _try_batch(
     distiller: StructuredDistiller, batch: Mapping[str, Any], factors: Mapping[str, tuple[float, float]] | None
 ) -> Trial:
@@ -555,7 +565,8 @@ def _why_nothing(term: Term, report: TermReport, pairs: Sequence[tuple[Tensor, T
 def _summed_loss(model: BaseModel, batch: Mapping[str, Any]) -> Tensor:
     """The one sum that training differentiates."""
     inputs, samples = _fresh(batch)
-    return model.parse_losses(model(inputs, samples, mode='loss'))[0]
+    others = _others(model, batch) if isinstance(model, StructuredDistiller) else {}
+    return model.parse_losses(model(inputs, samples, mode='loss', **others))[0]
 
 
 def _unreached(
@@ -636,17 +647,19 @@ def _run_in_turn(
     seen = distiller.observe(*_fresh(batch), active)[1]
     cut = [term for term in active if any(tap in seen.capture.cut for tap in term.student_taps)]
     regions = seen.regions
+    read = {tap: [tensor.detach() for tensor in seen.student[tap]] for tap in distiller.teacher.reads}
     del seen
 
     def student(inputs: Tensor, samples: Any) -> None:
         distiller.student.parse_losses(distiller.student(inputs, samples, mode='loss'))[0].backward()
 
     def distilled(inputs: Tensor, samples: Any) -> None:
-        distiller.parse_losses(distiller(inputs, samples, mode='loss'))[0].backward()
+        losses = distiller(inputs, samples, mode='loss', **_others(distiller, batch))
+        distiller.parse_losses(losses)[0].backward()
 
     def teacher(inputs: Tensor, samples: Any) -> None:
         if teacher_taps:
-            distiller.teacher.observe(inputs, samples, teacher_taps, regions=regions)
+            distiller.teacher.observe(inputs, samples, teacher_taps, student=read, regions=regions)
 
     works: dict[str, Callable[[Tensor, Any], None]] = {'student': student, 'distilled': distilled, 'teacher': teacher}
     times: dict[str, list[float]] = {name: [] for name in works}

@@ -15,6 +15,7 @@ from mmengine.structures import PixelData
 from mmseg.structures import SegDataSample
 
 from mmstructkd.checkpoints import read_checkpoint
+from mmstructkd.distillers.preflight import measure_cost, try_batch
 from mmstructkd.errors import ConfigError, TapError
 from mmstructkd.registry import MODELS
 from mmstructkd.testing import (
@@ -95,6 +96,24 @@ def test_the_student_draws_what_it_draws_alone(kind: str) -> None:
         torch.manual_seed(3)
         losses.append(network(**copy.deepcopy(batch), mode='loss'))
     assert all(torch.equal(value, losses[1][name]) for name, value in losses[0].items())
+
+
+@every
+def test_the_preflight_takes_it(kind: str) -> None:
+    """One step looked at, and what it costs; a stream of data is there or is not."""
+    model = build(kind)
+    trial = try_batch(model, toy_batch())
+    assert set(trial.task_losses) == {'decode.loss_ce', 'aux.loss_ce'}
+    assert measure_cost(model, toy_batch(), runs=1).distilled_step > 0
+
+
+def test_a_stream_of_data_in_the_preflight() -> None:
+    streams = dict(extra=dict(type='mmstructkd.DataStream'))
+    terms = dict(kd=dict(SCORES['kd'], on=['labelled', 'extra']))
+    model = MODELS.build(toy_distiller(teacher=frozen(8), streams=streams, terms=terms)).train()
+    for batch in (toy_batch(), dict(toy_batch(), extra=toy_batch(seed=1))):
+        try_batch(model, batch)
+        assert measure_cost(model, batch, runs=1).distilled_step > 0
 
 
 def test_detached_and_silent_is_plain_training() -> None:
