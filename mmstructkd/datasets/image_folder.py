@@ -27,8 +27,7 @@ class ImageFolderDataset(BaseDataset):
     Args:
         data_root: the folder; sub-folders are searched as well.
         ann_file: optional text file with one path a line, below ``data_root`` or
-            absolute: only these images are taken, as ``tools/select_images.py``
-            writes it.
+            absolute: only these images are taken.
         **kwargs: of mmengine's :class:`BaseDataset` (``pipeline``, ...).
 
     Raises:

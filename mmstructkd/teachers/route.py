@@ -26,7 +26,7 @@ class RouteTeacher(FrozenTeacher):
     teacher more easily from its early, soft states to the converged one than when
     it sees the last alone. All checkpoints are read and checked when the teacher is
     built; which of them shows is a function of the iteration, so that a resumed run
-    goes on with the right one. ``tools/pick_route.py`` proposes where to begin each.
+    goes on with the right one.
 
     Args:
         config: path of a config, ``mmseg::...``, or an inline dict.
