@@ -244,6 +244,12 @@ class StructuredDistiller(BaseModel):
                         f'term {term.name!r}: `on` must name a stream of the distiller, got {name!r}. '
                         f'{suggest(name, [LABELLED, *self.streams])}'
                     )
+                asking = [loss for loss in term.losses if loss.needs_labels or loss.where == 'labelled']
+                if asking and not self.streams[name].labelled:
+                    raise ConfigError(
+                        f'term {term.name!r}: `on` must name a stream with labels for {type(asking[0]).__name__}, got '
+                        f"{name!r}, which has none. Take on='labelled', or a loss (or where='inside') that needs none."
+                    )
                 if term.on_regions:
                     raise ConfigError(
                         f'term {term.name!r}: `on` must be {LABELLED!r} for taps in a RoI head, got {name!r}. Its '

@@ -34,16 +34,12 @@ class MixedStream(Stream):
     Args:
         alpha: of the Beta distribution, above 0.
         norm: what the student's BatchNorm layers do on it.
-
-    Attributes:
-        last: weight and partners of the blend that was made last.
     """
 
     def __init__(self, alpha: float = 1.0, norm: str = 'frozen') -> None:
         super().__init__(norm)
         check_positive(type(self).__name__, 'alpha', alpha)
         self.alpha = float(alpha)
-        self.last: tuple[float, Tensor] | None = None
 
     def make(
         self,
@@ -58,7 +54,6 @@ class MixedStream(Stream):
             weight = float(np.random.beta(self.alpha, self.alpha))
             partners = torch.randperm(len(inputs))
         partners = partners.to(inputs.device, non_blocking=True)
-        self.last = (weight, partners)
         images = torch.lerp(inputs[partners], inputs, weight)
         inside = targets.inside
         if inside is not None:
