@@ -81,8 +81,8 @@ def test_two_levels_by_hand() -> None:
 @pytest.mark.parametrize(
     ('changes', 'match'),
     [
-        (dict(in_channels=[]), '`in_channels` must hold a width'),
-        (dict(in_channels=[4, 0]), '`in_channels` must hold a width'),
+        (dict(in_channels=[]), '`in_channels` must be a list with the width of each level, got'),
+        (dict(in_channels=[4, 0]), '`in_channels` must be an integer of at least 1, got 0'),
         (dict(layers=0), '`layers` must be'),
         (dict(conv='3x3'), '`conv` must be one of'),
         (dict(end='auto'), '`end` must be one of'),
