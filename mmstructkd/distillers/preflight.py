@@ -33,7 +33,7 @@ from mmstructkd.errors import CheckpointError, ConfigError, TapError, is_count
 from mmstructkd.registry import MODELS
 from mmstructkd.tasks.batches import training_info
 from mmstructkd.teachers.loading import DISTILLER, _drop_pretrained, init_without_weights
-from mmstructkd.terms.term import Term
+from mmstructkd.terms import Term
 from mmstructkd.weights import tensors_in
 
 __all__ = [

@@ -61,9 +61,8 @@ from mmstructkd.tasks.targets import (
 from mmstructkd.teachers import TeacherGroup, TeacherSource
 from mmstructkd.teachers.building import build_source
 from mmstructkd.teachers.trained import scale_losses
-from mmstructkd.terms.schedule import WeightSchedule
-from mmstructkd.terms.term import KEYS as TERM_KEYS
-from mmstructkd.terms.term import Term, parse_terms
+from mmstructkd.terms import ProbedNetworks, Term, WeightSchedule, fit_to_probe, parse_terms
+from mmstructkd.terms.reading import TERM_KEYS
 
 __all__ = ['StructuredDistiller']
 
@@ -285,10 +284,19 @@ class StructuredDistiller(BaseModel):
         known = self._known(seen.inputs)
         for term in self.terms.values():
             network, tap = self._teacher.part_of(term.teacher_taps[0])
-            classes = (_num_classes(self.student), self._teacher.num_classes(term.teacher_taps[0]))
-            # A random teacher agrees with no ground truth, and is asked for none.
-            learned = self._teacher.has_learned(term.teacher_taps[0])
-            term.bind(capture.records, observed.records, classes, known, regions, network, self.student, learned, tap)
+            probed = ProbedNetworks(
+                student=capture.records,
+                teacher=observed.records,
+                classes=(_num_classes(self.student), self._teacher.num_classes(term.teacher_taps[0])),
+                targets=known,
+                regions=regions,
+                student_network=self.student,
+                teacher_network=network,
+                # A random teacher agrees with no ground truth, and is asked for none.
+                teacher_learned=self._teacher.has_learned(term.teacher_taps[0]),
+                teacher_tap=tap,
+            )
+            fit_to_probe(term, probed)
             for level in term.levels:
                 print_log(
                     f'term {term.name!r}: student {level.student_tap} {level.student}, '
@@ -563,7 +571,7 @@ class StructuredDistiller(BaseModel):
                     scored = term(seen.student, seen.teacher, seen.targets, None)
                     scores[f'{term.name} on {name}'] = {f'{key}_{name}': value for key, value in scored.items()}
                 else:
-                    scores[f'{term.name} on {name}'] = {f'loss_kd_{term.name}_{name}': term.silence()}
+                    scores[f'{term.name} on {name}'] = {f'loss_kd_{term.name}_{name}': term.zero_loss()}
         return scores
 
     def _observe_stream(self, batch: StreamBatch, terms: Sequence[Term], *, frozen: bool) -> Observation:
