@@ -55,12 +55,12 @@ from mmstructkd.checkpoints import (
     trusts,
 )
 from mmstructkd.errors import CheckpointError, ConfigError
-from mmstructkd.stream_states import follow
+from mmstructkd.stream_states import track_loader
 from mmstructkd.weights import check_place
 
 __all__ = [
     'advance_training_data',
-    'alone',
+    'as_one_process',
     'checkpoint_to_resume',
     'config_at_hand',
     'current_config',
@@ -486,7 +486,7 @@ def prepare_to_resume(runner: Any) -> None:
 
     def build_dataloader(dataloader: Any, *args: Any, **kwargs: Any) -> Any:
         loader = build(dataloader, *args, **kwargs)
-        return follow(loader, deferred=deferred) if dataloader is runner._train_dataloader else loader
+        return track_loader(loader, deferred=deferred) if dataloader is runner._train_dataloader else loader
 
     runner.build_dataloader = build_dataloader
 
@@ -862,7 +862,7 @@ def prepare_cpu_distributed(cfg: Config, launcher: str) -> None:
 
 
 @contextlib.contextmanager
-def alone() -> Iterator[None]:
+def as_one_process() -> Iterator[None]:
     """Let the code of networks believe that there is one process only.
 
     A probe runs on the CPU, where NCCL can reduce nothing: the losses of mmdet

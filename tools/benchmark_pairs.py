@@ -244,7 +244,7 @@ class Arm:
         """Train one step and return the losses."""
         if self.teacher is not None:
             for term in self.model.terms.values():
-                term.pace = self.teacher.pace(self.count)
+                term.interval_factor = self.teacher.interval_factor(self.count)
         self.count += 1
         with self.autocast():
             if self.before is not None:

@@ -42,7 +42,7 @@ __all__ = [
     'Probe',
     'check_probe_size',
     'explain_cut',
-    'no_way',
+    'no_size_works',
     'on_device',
     'probe_devices',
     'probe_sizes',
@@ -371,7 +371,7 @@ def explain_cut(reason: str, tap: Tap) -> str:
     }[reason]
 
 
-def no_way(failures: Sequence[tuple[str, tuple[int, int], ForwardFailed]], given: bool) -> TapError:
+def no_size_works(failures: Sequence[tuple[str, tuple[int, int], ForwardFailed]], given: bool) -> TapError:
     """The error for networks that could not be run at any size.
 
     Args:

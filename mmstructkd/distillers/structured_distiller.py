@@ -18,12 +18,12 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mmstructkd.compat import alone, prepare_to_resume
+from mmstructkd.compat import as_one_process, prepare_to_resume
 from mmstructkd.distillers.probing import (
     Probe,
     check_probe_size,
     explain_cut,
-    no_way,
+    no_size_works,
     on_device,
     probe_devices,
     probe_sizes,
@@ -209,7 +209,7 @@ class StructuredDistiller(BaseModel):
             self._teacher = self._build_teacher(teacher, teachers)
             self._teacher.attach(self.student, self_config)
             self._check_streams()
-            with alone(), training_info():
+            with as_one_process(), training_info():
                 self._probe(probe_size)
         # What trains beside the student, or is kept from step to step: owned as the terms are.
         self.companion = self._teacher.trained if self._teacher.trained is not None else nn.Module()
@@ -348,7 +348,7 @@ class StructuredDistiller(BaseModel):
                     partial = seen, observed
         if partial is not None:
             return partial
-        raise no_way(failures, given) from failures[0][2]
+        raise no_size_works(failures, given) from failures[0][2]
 
     @contextlib.contextmanager
     def _moved(self, device: str | None) -> Iterator[None]:

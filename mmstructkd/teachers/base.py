@@ -13,13 +13,13 @@ from mmstructkd.structures import Targets
 from mmstructkd.taps import Capture, Regions, Tap
 from mmstructkd.tasks.targets import head_of, num_classes_of
 
-__all__ = ['Records', 'Shown', 'TeacherSource']
+__all__ = ['ProbedTensors', 'Records', 'TeacherSource']
 
 Records = Mapping[Tap, list[Tensor]]
 
 
 @dataclass
-class Shown:
+class ProbedTensors:
     """What a source of several networks showed in a probe, in the form of a :class:`~mmstructkd.taps.Capture`.
 
     Attributes:
@@ -83,7 +83,7 @@ class TeacherSource(ABC):
         student: Records | None = None,
         targets: Targets | None = None,
         regions: Regions | None = None,
-    ) -> Capture | Shown:
+    ) -> Capture | ProbedTensors:
         """Run once on a small input, plan later runs by it, and build what depends on sizes.
 
         Args:
@@ -159,7 +159,7 @@ class TeacherSource(ABC):
         """
         return
 
-    def pace(self, step: int, taps: Iterable[Tap] = ()) -> float:
+    def interval_factor(self, step: int, taps: Iterable[Tap] = ()) -> float:
         """Factor of the terms on some taps at a step: 0 where the teacher is not asked.
 
         Args:

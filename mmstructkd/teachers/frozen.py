@@ -392,7 +392,7 @@ class FrozenTeacher(TeacherSource):
         self.network._apply(function)
         self._execution = self._execution.renewed()
 
-    def pace(self, step: int, taps: Iterable[Tap] = ()) -> float:
+    def interval_factor(self, step: int, taps: Iterable[Tap] = ()) -> float:
         """``every`` at each step that is a multiple of it, else 0; the random stream is that of this step.
 
         Args:

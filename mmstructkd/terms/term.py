@@ -100,7 +100,7 @@ class Term(nn.Module):
         self.on = read_streams(on, owner)
         self.schedule = WeightSchedule.from_config(schedule, owner)
         self.factor = self.schedule.factor(0, 1)
-        self.pace = 1.0  # of the teacher, see TeacherSource.pace
+        self.interval_factor = 1.0  # of the teacher, see TeacherSource.interval_factor
         self.used = False  # since the last update; what is not used does not move in it
         self.losses = nn.ModuleList([build_loss(owner, self.loss_config, where)])
         self.connectors = nn.ModuleList()
@@ -121,7 +121,7 @@ class Term(nn.Module):
     @property
     def active(self) -> bool:
         """Whether the term counts at this point of the training."""
-        return self.factor > 0 and self.pace > 0 and self.loss.loss_weight > 0
+        return self.factor > 0 and self.interval_factor > 0 and self.loss.loss_weight > 0
 
     @property
     def on_regions(self) -> bool:
@@ -281,7 +281,7 @@ class Term(nn.Module):
                 parts.setdefault(part, []).append(number)
         out = {}
         for part, numbers in parts.items():
-            factor = self.pace if part else self.pace * self.factor
+            factor = self.interval_factor if part else self.interval_factor * self.factor
             out[f'loss_kd_{self.name}' + (f'_{part}' if part else '')] = torch.stack(numbers).mean() * factor
         return out
 

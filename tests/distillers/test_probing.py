@@ -15,7 +15,7 @@ from mmengine.runner import Runner
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from mmstructkd.compat import alone, config_at_hand
+from mmstructkd.compat import as_one_process, config_at_hand
 from mmstructkd.distillers import StructuredDistiller
 from mmstructkd.distillers.probing import probe_sizes, probe_student
 from mmstructkd.errors import ConfigError, TapError
@@ -581,7 +581,7 @@ def test_alone_hides_the_other_processes() -> None:
     asked = torch.distributed.is_initialized
     torch.distributed.is_initialized = lambda: True
     try:
-        with alone():
+        with as_one_process():
             assert not torch.distributed.is_initialized()
         assert torch.distributed.is_initialized()
     finally:

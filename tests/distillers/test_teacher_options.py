@@ -319,7 +319,7 @@ def test_a_moved_or_copied_teacher_keeps_its_options(weights: str) -> None:
 
 def at_step(model: StructuredDistiller, step: int) -> dict[str, torch.Tensor]:
     for term in model.terms.values():
-        term.pace = model.teacher.pace(step)
+        term.interval_factor = model.teacher.interval_factor(step)
     torch.manual_seed(1)
     return model(**toy_batch(), mode='loss')
 
@@ -348,7 +348,7 @@ def test_every_kth_step_keeps_the_mean_gradient(weights: str) -> None:
 def test_between_the_teacher_rests_and_every_parameter_is_used(weights: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = build(weights, every=2)
     for term in model.terms.values():
-        term.pace = model.teacher.pace(1)
+        term.interval_factor = model.teacher.interval_factor(1)
     monkeypatch.setattr(model.teacher, 'observe', None)  # calling it would fail
     model.parse_losses(model(**toy_batch(), mode='loss'))[0].backward()
     assert all(p.grad is not None for p in model.terms.parameters() if p.requires_grad)
