@@ -41,7 +41,7 @@ MAY_IMPORT = {
     'tasks': {'functional'},
     'terms': {'functional', 'losses', 'connectors', 'optim', 'taps', 'tasks'},
     'teachers': {'functional', 'taps', 'tasks', 'terms', 'models', 'compat', 'checkpoints', 'weights'},
-    'streams': {'tasks'},
+    'streams': {'functional', 'taps', 'tasks'},
     'distillers': {
         'functional',
         'losses',

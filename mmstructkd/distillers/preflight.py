@@ -28,9 +28,10 @@ from mmstructkd import compat
 from mmstructkd.checkpoints import IN_CONFIG, consented, read_checkpoint, trusts
 from mmstructkd.distillers.class_names import check_classes, names_of_config
 from mmstructkd.distillers.probing import explain_cut
-from mmstructkd.distillers.structured_distiller import Observation, StructuredDistiller
+from mmstructkd.distillers.structured_distiller import StructuredDistiller
 from mmstructkd.errors import CheckpointError, ConfigError, TapError, is_count
 from mmstructkd.registry import MODELS
+from mmstructkd.taps import Observation
 from mmstructkd.tasks.batches import training_info
 from mmstructkd.teachers.loading import DISTILLER, _drop_pretrained, init_without_weights
 from mmstructkd.terms import Term
@@ -385,10 +386,9 @@ def _fresh(batch: Mapping[str, Any]) -> tuple[Tensor, Any]:
 def _others(distiller: StructuredDistiller, batch: Mapping[str, Any]) -> dict[str, Any]:
     """The batches of streams that read data; where the batch has none (``--synthetic``), the labelled one again."""
     found: dict[str, Any] = {}
-    for name, stream in distiller.streams.items():
-        if stream.reads_data:
-            inputs, samples = _fresh(batch.get(name) or batch)
-            found[name] = {'inputs': inputs, 'data_samples': samples}
+    for name in distiller.streams.reading:
+        inputs, samples = _fresh(batch.get(name) or batch)
+        found[name] = {'inputs': inputs, 'data_samples': samples}
     return found
 
 
