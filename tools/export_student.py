@@ -39,6 +39,7 @@ from mmstructkd.hooks.student_checkpoint import KEY
 from mmstructkd.tasks.batches import input_size, synthetic_batch
 from mmstructkd.tasks.targets import task_of
 from mmstructkd.teachers.loading import build_network, load_student, model_config, own_name, student_config
+from mmstructkd.teachers.normalization import swaps_channels
 
 KEYS = {'state_dict', 'meta'}
 
@@ -451,7 +452,7 @@ def export(args: argparse.Namespace) -> None:
     if onnx is not None:
         preprocessor = model.data_preprocessor
         mean, std = (getattr(preprocessor, name, None) for name in ('mean', 'std'))
-        order = 'RGB' if compat.swaps_channels(preprocessor) else 'BGR'
+        order = 'RGB' if swaps_channels(preprocessor) else 'BGR'
         print(f'wrote     {onnx}: image 1x3x{size[0]}x{size[1]} -> logits, opset {args.opset}')
         if mean is not None:
             print(f'          image = ({order} - {mean.flatten().tolist()}) / {std.flatten().tolist()}')

@@ -31,6 +31,7 @@ from mmstructkd.distillers.probing import explain_cut
 from mmstructkd.distillers.structured_distiller import StructuredDistiller
 from mmstructkd.errors import CheckpointError, ConfigError, TapError, is_count
 from mmstructkd.registry import MODELS
+from mmstructkd.run_config import config_at_hand
 from mmstructkd.taps import Observation
 from mmstructkd.tasks.batches import training_info
 from mmstructkd.teachers.loading import DISTILLER, _drop_pretrained, init_without_weights
@@ -243,7 +244,7 @@ def build_distiller(cfg: Config, *, random_init: bool = False) -> StructuredDist
     set_random_seed((cfg.get('randomness') or {}).get('seed') or 0)
     with consented(trusts(cfg), IN_CONFIG), compat.without_pretrained() if random_init else contextlib.nullcontext():
         try:
-            with compat.config_at_hand(cfg):
+            with config_at_hand(cfg):
                 distiller = MODELS.build(model)
         except FileNotFoundError as err:
             raise ConfigError(

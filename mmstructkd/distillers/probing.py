@@ -18,8 +18,9 @@ import torch
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
-from mmstructkd.compat import current_config, without_pretrained
+from mmstructkd.compat import without_pretrained
 from mmstructkd.errors import ConfigError, TapError, is_count
+from mmstructkd.run_config import current_config
 from mmstructkd.taps import (
     Capture,
     ForwardFailed,
@@ -40,6 +41,7 @@ from mmstructkd.teachers.loading import init_without_weights
 
 __all__ = [
     'Probe',
+    'as_one_process',
     'check_probe_size',
     'explain_cut',
     'no_size_works',
@@ -118,6 +120,26 @@ def probe_devices(student: nn.Module) -> list[str | None]:
     """
     here = next((parameter.device.type for parameter in student.parameters()), 'cpu')
     return [None, 'cuda'] if here == 'cpu' and torch.cuda.is_available() else [None]
+
+
+@contextlib.contextmanager
+def as_one_process() -> Iterator[None]:
+    """Let the code of networks believe that there is one process only.
+
+    A probe runs on the CPU, where NCCL can reduce nothing: the losses of mmdet
+    average their denominators over the processes, and synchronised BatchNorm
+    its statistics. All ask ``torch.distributed.is_initialized``. Every process
+    probes the same, so that none waits for another meanwhile.
+
+    Yields:
+        Nothing.
+    """
+    asked = torch.distributed.is_initialized
+    torch.distributed.is_initialized = lambda: False
+    try:
+        yield
+    finally:
+        torch.distributed.is_initialized = asked
 
 
 def check_probe_size(size: Any) -> tuple[int, int] | None:

@@ -16,9 +16,9 @@ from mmengine.model import BaseDataPreprocessor, BaseModel
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
-from mmstructkd.compat import as_one_process, prepare_to_resume
 from mmstructkd.distillers.probing import (
     Probe,
+    as_one_process,
     check_probe_size,
     explain_cut,
     no_size_works,
@@ -32,6 +32,7 @@ from mmstructkd.errors import CheckpointError, ConfigError, TapError, check_fini
 from mmstructkd.functional.sharing import sharing
 from mmstructkd.optim import for_distiller
 from mmstructkd.registry import HOOKS, MODELS, build_part
+from mmstructkd.resuming import prepare_to_resume
 from mmstructkd.streams import LABELLED, StreamSet, TrainingBatch
 from mmstructkd.structures import Targets
 from mmstructkd.taps import (

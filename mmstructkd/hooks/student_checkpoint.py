@@ -16,9 +16,9 @@ from mmengine.model import is_model_wrapper
 from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner
 from torch.utils.data import DataLoader
 
-from mmstructkd.compat import advance_training_data, reseed_workers
 from mmstructkd.distillers.plain_config import plain_config
 from mmstructkd.registry import HOOKS
+from mmstructkd.resuming import advance_training_data, reseed_workers
 from mmstructkd.stream_states import Point, random_states, restore_random_states
 
 __all__ = ['KEY', 'StudentCheckpointHook', 'plain_values']

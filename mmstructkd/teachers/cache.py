@@ -13,7 +13,6 @@ import torch
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
-from mmstructkd.compat import pad_value, swaps_channels
 from mmstructkd.errors import (
     CheckpointError,
     ConfigError,
@@ -24,7 +23,7 @@ from mmstructkd.errors import (
     suggest,
 )
 from mmstructkd.taps import Tap
-from mmstructkd.teachers.normalization import inner_preprocessor, pad_divisor
+from mmstructkd.teachers.normalization import inner_preprocessor, pad_divisor, pad_value, swaps_channels
 from mmstructkd.teachers.tap_store import DTYPES, PackedTensor, TapStore, pack_tensor, unpack_tensor
 
 __all__ = ['VIEW', 'TeacherCache', 'hash_of', 'preprocessing', 'unrepeatable_steps', 'weights_hash']
