@@ -14,12 +14,10 @@ import contextlib
 import functools
 import os
 import sys
-import tempfile
 import types
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from importlib.metadata import PackageNotFoundError, distribution
-from pathlib import Path
 from typing import Any
 
 import mmengine.runner
@@ -49,6 +47,7 @@ from mmstructkd.checkpoints import (
     trusts,
 )
 from mmstructkd.errors import ConfigError
+from mmstructkd.files import whole_file
 from mmstructkd.run_config import config_at_hand, paths_as_text
 from mmstructkd.weights import check_place
 
@@ -241,13 +240,6 @@ def look_before_loading() -> None:
 # --- writing checkpoints -------------------------------------------------------------------------------------
 
 
-def _beside(target: Path) -> Path:
-    """Return an unused name in the folder of ``target``, for what is renamed to it later."""
-    handle, name = tempfile.mkstemp(prefix=f'.{target.name}.', suffix='.part', dir=target.parent)
-    os.close(handle)
-    return Path(name)
-
-
 def save_atomically() -> None:
     """Let mmengine write checkpoints beside their final name and rename them when they are whole.
 
@@ -270,29 +262,11 @@ def _atomic(original: Callable) -> Callable:
         if not _is_local(filename, file_client_args, backend_args):
             original(checkpoint, filename, file_client_args, backend_args)
             return
-        # A link stays a link: what it points to is replaced.
-        target = Path(os.path.realpath(filename))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        part = _beside(target)
-        try:
+        with whole_file(filename, synced=True) as part:
             original(checkpoint, str(part), file_client_args, backend_args)
-            with part.open('rb') as stream:
-                os.fsync(stream.fileno())
-            mode = target.stat().st_mode & 0o777 if target.exists() else 0o666 & ~_umask()
-            part.chmod(mode)
-            part.replace(target)
-        finally:
-            part.unlink(missing_ok=True)
 
     setattr(save_checkpoint, _MARK, original)
     return save_checkpoint
-
-
-def _umask() -> int:
-    """Return the mask of new files: mkstemp makes them for the owner alone, a checkpoint is as any file."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _is_local(filename: str, file_client_args: dict | None, backend_args: dict | None) -> bool:

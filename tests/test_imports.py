@@ -19,6 +19,7 @@ MAY_IMPORT = {
     'errors': set(),
     'arguments': {'errors'},
     'structures': set(),
+    'files': set(),
     'randomness': set(),
     'functional': {'errors', 'structures'},
     'registry': {'arguments', 'errors'},
@@ -90,7 +91,7 @@ MAY_IMPORT = {
     },
 }
 #: Every layer may use these; they import nothing of the package but each other.
-GROUND = {'errors', 'structures', 'arguments', 'registry', 'layers', 'optimizers', 'randomness'}
+GROUND = {'errors', 'structures', 'arguments', 'registry', 'layers', 'optimizers', 'randomness', 'files'}
 
 #: Imports inside functions, each with its reason.
 LOCAL_IMPORTS: dict[tuple[str, str], str] = {

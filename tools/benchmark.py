@@ -46,6 +46,7 @@ from mmengine.logging import MMLogger
 
 from mmstructkd import compat
 from mmstructkd.errors import ConfigError
+from mmstructkd.files import write_whole
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -150,7 +151,7 @@ def save(results: dict[str, Any], out: Path) -> Path:
     """
     stem = out / f'{results["kind"]}_{results["environment"]["device_type"]}'
     results['targets'] = report.targets(results)
-    stem.with_suffix('.json').write_text(json.dumps(results, indent=1), encoding='utf-8')
+    write_whole(stem.with_suffix('.json'), json.dumps(results, indent=1))
     report.draw(results, stem.with_suffix('.png'))
     return stem
 

@@ -29,7 +29,7 @@ from mmstructkd.checkpoints import IN_CONFIG, consented, read_checkpoint, trusts
 from mmstructkd.distillers.class_names import check_classes, names_of_config
 from mmstructkd.distillers.probing import explain_cut
 from mmstructkd.distillers.structured_distiller import StructuredDistiller
-from mmstructkd.errors import CheckpointError, ConfigError, TapError, is_count
+from mmstructkd.errors import CheckpointError, ConfigError, TapError, check_count
 from mmstructkd.registry import MODELS
 from mmstructkd.run_config import config_at_hand
 from mmstructkd.taps import Observation
@@ -617,8 +617,7 @@ def measure_cost(distiller: StructuredDistiller, batch: Mapping[str, Any], *, ru
     Raises:
         ConfigError: ``runs`` is no integer above 0.
     """
-    if not is_count(runs) or runs < 1:
-        raise ConfigError(f'measure_cost: `runs` must be an integer above 0, got {runs!r}.')
+    check_count('measure_cost', 'runs', runs)
     with training_info():
         times, peaks = _run_in_turn(distiller, batch, runs)
     medians = {name: statistics.median(values[1:]) for name, values in times.items()}

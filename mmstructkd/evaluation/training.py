@@ -20,6 +20,7 @@ from mmengine.config import Config
 import mmstructkd
 from mmstructkd.evaluation.metrics import Metric
 from mmstructkd.evaluation.scalars import last_values, read_scalars, step_seconds
+from mmstructkd.files import write_whole
 from mmstructkd.teachers.loading import file_hash
 
 __all__ = ['Progress', 'Training', 'TrainingError', 'progress_text', 'train', 'training_key']
@@ -191,7 +192,7 @@ def train(
         checkpoint=str(folder / f'iter_{total}.pth'),
         key=key,
     )
-    (folder / 'done.json').write_text(json.dumps(asdict(training), indent=1))
+    write_whole(folder / 'done.json', json.dumps(asdict(training), indent=1))
     progress.close(f'{_outcome(training, metrics)}, {training.wall_seconds:.0f} s')
     return training
 

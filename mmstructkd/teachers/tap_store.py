@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import stat
 import tempfile
 import time
@@ -26,6 +25,7 @@ from mmengine.logging import print_log
 from torch import Tensor
 
 from mmstructkd.errors import ConfigError, is_count
+from mmstructkd.files import write_whole
 
 __all__ = ['PackedTensor', 'TapStore', 'pack_tensor', 'unpack_tensor']
 
@@ -286,19 +286,10 @@ class TapStore:
         content = _pack(tensors, about)
         if not self._take(len(content)):
             return False
-        path = self.path(key)
-        part = None
         try:
-            path.parent.mkdir(exist_ok=True)
-            handle, part = tempfile.mkstemp(prefix=key[:8], suffix='.part', dir=path.parent)
-            with os.fdopen(handle, 'wb') as file:
-                file.write(content)
-            Path(part).replace(path)
+            write_whole(self.path(key), content)
         except OSError as err:
             self._stop(f'{type(err).__name__}: {err}')
-            if part is not None:
-                with contextlib.suppress(OSError):
-                    Path(part).unlink()
             return False
         return True
 
