@@ -298,7 +298,7 @@ class Arm:
         """What stays between two steps: weights of both networks and the optimisers' states."""
         modules = [self.model, *self.networks]
         if self.teacher is not None:
-            modules += [self.teacher.network, *filter(None, [self.teacher._execution._cast])]
+            modules += self.teacher.held_networks()
         tensors = [t for module in modules for t in (*module.parameters(), *module.buffers())]
         for optimizer in self.optimizers:
             tensors += [v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]

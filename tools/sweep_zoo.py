@@ -328,9 +328,9 @@ def run_one(reference: str, taps: Sequence[str], plain_only: bool = False) -> di
         init_default_scope(cfg.get('default_scope', 'mmengine'))
         import mmstructkd.distillers  # noqa: F401  registers what the configs below name
         from mmstructkd.compat import without_pretrained
-        from mmstructkd.teachers.loading import _drop_pretrained
+        from mmstructkd.teachers.loading import drop_pretrained
 
-        _drop_pretrained(cfg.model)
+        drop_pretrained(cfg.model)
         with without_pretrained():
             size = _plain(cfg, report)
         stage = 'distilled'

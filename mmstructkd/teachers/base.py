@@ -175,6 +175,10 @@ class TeacherSource(ABC):
         """Keep no outputs from now on: for whoever tries a batch, or measures what the teacher costs."""
         return
 
+    def held_networks(self) -> list[nn.Module]:
+        """Every network that it keeps in memory, copies in another precision included."""
+        return [] if self.network is None else [self.network]
+
     def report(self) -> list[str]:
         """What to log when the training ends, a line each."""
         return []

@@ -409,6 +409,16 @@ class FrozenTeacher(TeacherSource):
         """Run for each batch from now on, and write nothing."""
         self.cache = None
 
+    def held_networks(self) -> list[nn.Module]:
+        """Its network, and the copy that was cast for ``dtype``, once there is one."""
+        cast = self._execution.cast_network
+        return [self.network] if cast is None else [self.network, cast]
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether it runs compiled; no longer where compiling has failed."""
+        return self._execution.compiled
+
     def report(self) -> list[str]:
         """What the cache gave, if there is one."""
         return [] if self.cache is None else [self.cache.report()]

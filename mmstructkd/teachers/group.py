@@ -221,6 +221,11 @@ class TeacherGroup(TeacherSource):
         for member in self.members.values():
             member.without_cache()
 
+    def held_networks(self) -> list[nn.Module]:
+        """Those of all members, each once."""
+        found = {id(one): one for member in self.members.values() for one in member.held_networks()}
+        return list(found.values())
+
     def report(self) -> list[str]:
         """Those of all members, each with its name."""
         return [f'{name}: {line}' for name, member in self.members.items() for line in member.report()]
