@@ -279,7 +279,7 @@ def _batch(twin: nn.Module, size: tuple[int, int]) -> tuple[Tensor, list[Any]]:
     return noise.to(device), probe_samples(1, size)
 
 
-def _routes(student: nn.Module, taps: Sequence[Tap]) -> list[str]:
+def _routes(taps: Sequence[Tap]) -> list[str]:
     """Ways to run a student in training mode that may pass the taps, the cheapest first."""
     if all(map(in_features, taps)):
         return ['features', 'loss']
@@ -342,7 +342,7 @@ def _in_training(twin: nn.Module, taps: tuple[Tap, ...], size: tuple[int, int], 
     inputs, samples = _batch(twin, size)
     regions, chosen = _regions(inputs), False
     with recorded_points(twin) as points, RegionRecorder(twin) as recorder, _graph_only():
-        capture, route = find_route(twin, inputs, samples, taps, _routes(twin, taps), regions=regions)
+        capture, route = find_route(twin, inputs, samples, taps, _routes(taps), regions=regions)
     if route == 'loss' and any(map(in_region_head, taps)):
         regions, chosen = recorder.regions, True
     if any(in_point_head(twin, tap) for tap in taps):
