@@ -18,7 +18,6 @@ import pickle
 import pickletools
 import re
 import tarfile
-import tempfile
 import urllib.error
 import zipfile
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
@@ -35,6 +34,7 @@ import torch
 from mmengine.logging import HistoryBuffer
 
 from mmstructkd.errors import CheckpointError, check_flag, suggest
+from mmstructkd.files import whole_file
 
 __all__ = [
     'Consent',
@@ -575,20 +575,14 @@ def _fetch(url: str, target: Path, *, hash_prefix: str | None = None, progress: 
     """Download to ``target``, whole or not at all, unless it is there."""
     if target.is_file():
         return
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f'.{target.name}.', suffix='.part', dir=target.parent)
-    os.close(handle)
-    part = Path(name)
     try:
-        torch.hub.download_url_to_file(url, str(part), hash_prefix, progress=progress)
-        part.replace(target)
+        with whole_file(target) as part:
+            torch.hub.download_url_to_file(url, str(part), hash_prefix, progress=progress)
     except (urllib.error.URLError, OSError, RuntimeError, ValueError) as err:
         raise CheckpointError(
             f'local_checkpoint: {url!r} must be reachable, got {type(err).__name__}: {err}. '
             'Download it elsewhere and give the path.'
         ) from err
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def load_url(

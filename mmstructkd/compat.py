@@ -1,4 +1,4 @@
-"""Every work-around for the mm packages and for torch, with its reason.
+"""Every patch of the mm packages and of torch, with its reason.
 
 :func:`install` puts all of them in place. It runs when the distillers are
 imported, and first of all in ``tools/train.py`` and ``tools/test.py``: a config
@@ -11,18 +11,13 @@ writes as safely. All of it may run any number of times.
 from __future__ import annotations
 
 import contextlib
-import contextvars
-import copy
 import functools
 import os
-import re
 import sys
-import tempfile
 import types
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from importlib.metadata import PackageNotFoundError, distribution
-from pathlib import Path
 from typing import Any
 
 import mmengine.runner
@@ -30,10 +25,7 @@ import mmengine.runner.checkpoint
 import mmengine.runner.runner
 import torch
 from mmengine._strategy import BaseStrategy, DDPStrategy, SingleDeviceStrategy
-from mmengine.config import Config
 from mmengine.config.utils import MODULE2PACKAGE
-from mmengine.device import get_device
-from mmengine.dist import is_distributed
 from mmengine.fileio import FileClient, LocalBackend, get_file_backend
 from mmengine.fileio.backends import BaseStorageBackend
 from mmengine.fileio.file_client import HardDiskBackend
@@ -54,24 +46,14 @@ from mmstructkd.checkpoints import (
     read_file,
     trusts,
 )
-from mmstructkd.errors import CheckpointError, ConfigError
-from mmstructkd.stream_states import follow
+from mmstructkd.errors import ConfigError
+from mmstructkd.files import whole_file
+from mmstructkd.run_config import config_at_hand, paths_as_text
 from mmstructkd.weights import check_place
 
 __all__ = [
-    'advance_training_data',
-    'alone',
-    'checkpoint_to_resume',
-    'config_at_hand',
-    'current_config',
     'install',
-    'pad_value',
     'patch_mmengine',
-    'paths_as_text',
-    'prepare_cpu_distributed',
-    'prepare_to_resume',
-    'reseed_workers',
-    'swaps_channels',
     'without_pretrained',
 ]
 
@@ -125,27 +107,6 @@ def _has_distribution(name: str) -> bool:
     except PackageNotFoundError:
         return False
     return True
-
-
-# --- data preprocessors --------------------------------------------------------------------------------------
-
-
-def swaps_channels(preprocessor: nn.Module) -> bool:
-    """Tell whether a data preprocessor turns BGR into RGB (or back).
-
-    mmengine and mmdet keep it in ``_channel_conversion``, and so does mmseg of
-    the onedl line; mmseg of the openmmlab line keeps it in ``channel_conversion``.
-    """
-    private = getattr(preprocessor, '_channel_conversion', False)
-    return bool(getattr(preprocessor, 'channel_conversion', private))
-
-
-def pad_value(preprocessor: nn.Module) -> float:
-    """Return what a data preprocessor pads with, after normalisation.
-
-    mmseg pads with its ``pad_val`` on both lines, mmengine and mmdet with ``pad_value``.
-    """
-    return float(getattr(preprocessor, 'pad_val', getattr(preprocessor, 'pad_value', 0)))
 
 
 # --- reading checkpoints -------------------------------------------------------------------------------------
@@ -279,13 +240,6 @@ def look_before_loading() -> None:
 # --- writing checkpoints -------------------------------------------------------------------------------------
 
 
-def _beside(target: Path) -> Path:
-    """Return an unused name in the folder of ``target``, for what is renamed to it later."""
-    handle, name = tempfile.mkstemp(prefix=f'.{target.name}.', suffix='.part', dir=target.parent)
-    os.close(handle)
-    return Path(name)
-
-
 def save_atomically() -> None:
     """Let mmengine write checkpoints beside their final name and rename them when they are whole.
 
@@ -308,29 +262,11 @@ def _atomic(original: Callable) -> Callable:
         if not _is_local(filename, file_client_args, backend_args):
             original(checkpoint, filename, file_client_args, backend_args)
             return
-        # A link stays a link: what it points to is replaced.
-        target = Path(os.path.realpath(filename))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        part = _beside(target)
-        try:
+        with whole_file(filename, synced=True) as part:
             original(checkpoint, str(part), file_client_args, backend_args)
-            with part.open('rb') as stream:
-                os.fsync(stream.fileno())
-            mode = target.stat().st_mode & 0o777 if target.exists() else 0o666 & ~_umask()
-            part.chmod(mode)
-            part.replace(target)
-        finally:
-            part.unlink(missing_ok=True)
 
     setattr(save_checkpoint, _MARK, original)
     return save_checkpoint
-
-
-def _umask() -> int:
-    """Return the mask of new files: mkstemp makes them for the owner alone, a checkpoint is as any file."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _is_local(filename: str, file_client_args: dict | None, backend_args: dict | None) -> bool:
@@ -413,142 +349,6 @@ def _removing_later(original: Callable) -> Callable:
 # --- resuming ------------------------------------------------------------------------------------------------
 
 
-def checkpoint_to_resume(work_dir: str | os.PathLike, load_from: str | os.PathLike | None = None) -> str | None:
-    """Return the checkpoint from which a run is resumed.
-
-    mmengine opens whatever ``last_checkpoint`` says, an empty name included,
-    and begins anew where that file is absent, over the checkpoints of before.
-
-    Args:
-        work_dir: folder of the run.
-        load_from: the checkpoint that was asked for; ``None``: the latest of
-            the folder.
-
-    Returns:
-        Its path or address; ``None`` where the folder has no checkpoint yet.
-
-    Raises:
-        CheckpointError: the file is not there; ``last_checkpoint`` is empty or
-            names something else than a file; or it is absent beside checkpoints.
-    """
-    if load_from is not None:
-        name = os.fspath(load_from)
-        return name if '://' in name else local_checkpoint(name)
-    folder = Path(work_dir)
-    record = folder / 'last_checkpoint'
-    there = sorted(
-        (path for path in folder.glob('*.pth') if re.fullmatch(r'(iter|epoch)_\d+', path.stem)),
-        key=lambda path: path.stat().st_mtime,
-    )
-    way_out = (
-        f'The newest one there is {there[-1].name}: resume with --resume {there[-1]} (resume=True, load_from=...).'
-        if there
-        else 'There is none to resume from; without --resume the training begins anew.'
-    )
-    if not record.exists():
-        if there:
-            raise CheckpointError(
-                f'checkpoint_to_resume: {str(folder)!r} must have a file `last_checkpoint`, '
-                f'got checkpoints without it. {way_out} Another work-dir begins anew.'
-            )
-        return None
-    try:
-        name = record.read_text(encoding='utf-8').strip()
-    except (OSError, UnicodeDecodeError) as err:
-        name, problem = '', f'one that cannot be read ({type(err).__name__})'
-    else:
-        problem = f'{name[:200]!r}, which is not there' if name else 'an empty one'
-    # os.path, unlike pathlib, takes any text for a name.
-    if os.path.isdir(name):  # noqa: PTH112
-        problem = f'the folder {name!r}'
-    elif name and ('://' in name or os.path.isfile(name)):  # noqa: PTH113
-        return name
-    raise CheckpointError(f'checkpoint_to_resume: {str(record)!r} must name a checkpoint, got {problem}. {way_out}')
-
-
-def prepare_to_resume(runner: Any) -> None:
-    """Let a run be resumed exactly: look for its checkpoint, and let the training data know where they stand.
-
-    Args:
-        runner: a runner that has built no loop yet. Where it is to resume the
-            latest checkpoint and there is none yet, it begins anew and says so;
-            mmengine says then that it resumed.
-
-    Raises:
-        CheckpointError: see :func:`checkpoint_to_resume`.
-    """
-    if runner._resume:
-        asked = runner._resume if isinstance(runner._resume, str) else runner._load_from
-        if checkpoint_to_resume(runner.work_dir, asked) is None:
-            runner.logger.warning(f'There is no checkpoint in {runner.work_dir!r} to resume from: the training begins.')
-            runner._resume = False
-    build, deferred = runner.build_dataloader, bool(runner._resume)
-
-    def build_dataloader(dataloader: Any, *args: Any, **kwargs: Any) -> Any:
-        loader = build(dataloader, *args, **kwargs)
-        return follow(loader, deferred=deferred) if dataloader is runner._train_dataloader else loader
-
-    runner.build_dataloader = build_dataloader
-
-
-class _Advanced:
-    """The iterator of an ``IterBasedTrainLoop`` that is brought to its place in another way than mmengine's.
-
-    Args:
-        batches: mmengine's own iterator.
-        steps: how many batches the loop leaves out.
-        advance: gets ``batches`` and brings it there.
-    """
-
-    def __init__(self, batches: Any, steps: int, advance: Callable[[Any], None]) -> None:
-        self._batches, self._advance = batches, advance
-        # The onedl line calls `skip_iter`; the openmmlab line takes that many batches and drops them.
-        self._left = 0 if hasattr(batches, 'skip_iter') else steps
-        self._steps = self._left
-
-    def __iter__(self) -> _Advanced:
-        return self
-
-    def __next__(self) -> Any:
-        if not self._left:
-            return next(self._batches)
-        if self._left == self._steps:
-            self._advance(self._batches)
-        self._left -= 1
-        return None
-
-    def skip_iter(self, num_iters: int) -> None:
-        """Bring it there, on the onedl line."""
-        self._advance(self._batches)
-
-
-def advance_training_data(loop: Any, advance: Callable[[Any], None]) -> None:
-    """Go on with the data of a resumed iteration-based loop in another way than mmengine's.
-
-    mmengine takes and drops all batches of before (openmmlab line), or leaves
-    out their indices, so that workers draw other random numbers (onedl line).
-
-    Args:
-        loop: an ``IterBasedTrainLoop`` that was resumed and not run yet.
-        advance: gets the iterator and brings it to where the run goes on.
-    """
-    loop.dataloader_iterator = _Advanced(loop.dataloader_iterator, loop.iter, advance)
-
-
-def reseed_workers(loader: Any, seed: int | None) -> None:
-    """Let the workers of a loader be seeded from another seed.
-
-    mmengine builds the dataloader before it reads the checkpoint's seed.
-
-    Args:
-        loader: a ``DataLoader`` that mmengine built.
-        seed: the runner's seed.
-    """
-    seeding = getattr(loader, 'worker_init_fn', None)
-    if isinstance(seeding, functools.partial) and 'seed' in seeding.keywords and seed is not None:
-        loader.worker_init_fn = functools.partial(seeding.func, *seeding.args, **{**seeding.keywords, 'seed': seed})
-
-
 def keep_accumulated_gradients() -> None:
     """Let an optim wrapper go on within a window of accumulation where the gradients so far were restored.
 
@@ -592,42 +392,6 @@ def _with_paths_as_text(original: Callable) -> Callable:
 
     setattr(from_cfg, _MARK, original)
     return from_cfg
-
-
-def paths_as_text(config: Any) -> Any:
-    """Return a config in which every ``pathlib.Path`` is its text.
-
-    Args:
-        config: a config, or a part of one.
-
-    Returns:
-        The same object where there is none in it, else a copy.
-    """
-    holder = config._cfg_dict if isinstance(config, Config) else config
-    if not _holds_path(holder):
-        return config
-    twin = copy.deepcopy(config)
-    _replace_paths(twin._cfg_dict if isinstance(twin, Config) else twin)
-    return twin
-
-
-def _holds_path(value: Any) -> bool:
-    if isinstance(value, dict):
-        return any(map(_holds_path, value.values()))
-    if isinstance(value, (list, tuple)):
-        return any(map(_holds_path, value))
-    return isinstance(value, os.PathLike)
-
-
-def _replace_paths(value: Any) -> Any:
-    if isinstance(value, dict):
-        for key in value:
-            value[key] = _replace_paths(value[key])
-    elif isinstance(value, list):
-        value[:] = map(_replace_paths, value)
-    elif type(value) is tuple:
-        value = tuple(map(_replace_paths, value))
-    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def let_models_prepare_runner() -> None:
@@ -697,31 +461,6 @@ def _check_strategy(strategy: BaseStrategy) -> None:
             f'{type(strategy).__name__!r}, which shards the model or writes checkpoints that are not the student. '
             'Use one of these, or leave runner_type out.'
         )
-
-
-_CONFIG: contextvars.ContextVar[Any] = contextvars.ContextVar('config', default=None)
-
-
-def current_config() -> Any:
-    """Return the config of the run whose model is built now; ``None`` outside of that."""
-    return _CONFIG.get()
-
-
-@contextlib.contextmanager
-def config_at_hand(cfg: Any) -> Iterator[None]:
-    """Let a model that is built meanwhile see the whole config.
-
-    Args:
-        cfg: the config.
-
-    Yields:
-        Nothing.
-    """
-    token = _CONFIG.set(cfg)
-    try:
-        yield
-    finally:
-        _CONFIG.reset(token)
 
 
 def let_models_see_config() -> None:
@@ -808,77 +547,6 @@ def keep_narrow_bf16_convolutions_right() -> None:
 
 def _bf16_on_cpu(tensor: torch.Tensor) -> bool:
     return tensor.dtype == torch.bfloat16 and tensor.device.type == 'cpu'
-
-
-def prepare_cpu_distributed(cfg: Config, launcher: str) -> None:
-    """Make several processes without any accelerator work through Runner.
-
-    mmengine selects a CUDA device while it starts the processes, and hands
-    ``device_ids`` to ``DistributedDataParallel``, which a module on the CPU
-    refuses. So the gloo group is made here, before the Runner, and the wrapper
-    gets ``device_ids=None``; its other settings stay those of mmengine.
-    Nothing happens with one process, or where there is an accelerator.
-
-    Args:
-        cfg: the config, changed in place.
-        launcher: ``'none'``, ``'pytorch'``, ``'slurm'`` or ``'mpi'``.
-
-    Raises:
-        ConfigError: the launcher is not ``'pytorch'``, or it did not set its
-            environment variables.
-    """
-    if launcher == 'none' or get_device() != 'cpu':
-        return
-    if launcher != 'pytorch':
-        raise ConfigError(
-            f"prepare_cpu_distributed: `launcher` must be 'pytorch' where there is no GPU, got {launcher!r}. "
-            'Start the processes with torchrun.'
-        )
-    absent = [
-        name for name in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT') if name not in os.environ
-    ]
-    if absent:
-        raise ConfigError(
-            f"prepare_cpu_distributed: `launcher` 'pytorch' must come with {', '.join(absent)} in the environment, "
-            'got none. Start with `torchrun --nproc_per_node=2 tools/train.py CONFIG --launcher pytorch`.'
-        )
-    if not is_distributed():
-        torch.distributed.init_process_group('gloo')
-    flexible = cfg.get('runner_type') == 'FlexibleRunner'
-    settings = cfg.get('strategy') or {}
-    wrapper = dict((settings.get('model_wrapper') if flexible else cfg.get('model_wrapper_cfg')) or {})
-    if not wrapper:
-        # What mmengine passes when it is given no config of the wrapper; DDP's own defaults differ.
-        wrapper = {
-            'type': 'MMDistributedDataParallel',
-            'broadcast_buffers': False,
-            'find_unused_parameters': cfg.get('find_unused_parameters', False),
-        }
-    wrapper.setdefault('device_ids', None)
-    if flexible:
-        cfg.strategy = {'type': 'DDPStrategy', **settings, 'model_wrapper': wrapper}
-    else:
-        cfg.model_wrapper_cfg = wrapper
-
-
-@contextlib.contextmanager
-def alone() -> Iterator[None]:
-    """Let the code of networks believe that there is one process only.
-
-    A probe runs on the CPU, where NCCL can reduce nothing: the losses of mmdet
-    average their denominators over the processes, and synchronised BatchNorm
-    its statistics. All ask ``torch.distributed.is_initialized``. Every process
-    probes the same, so that none waits for another meanwhile.
-
-    Yields:
-        Nothing.
-    """
-    asked = torch.distributed.is_initialized
-    torch.distributed.is_initialized = lambda: False
-    try:
-        yield
-    finally:
-        torch.distributed.is_initialized = asked
 
 
 @contextlib.contextmanager

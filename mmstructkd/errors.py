@@ -5,9 +5,10 @@ Every message reads ``<Owner>: `<argument>` must <rule>, got <value>. <Way out>.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +39,7 @@ __all__ = [
     'check_some_weight',
     'is_count',
     'is_finite_number',
+    'prefix_errors',
     'shown',
     'suggest',
 ]
@@ -104,6 +106,28 @@ def shown(value: Any, limit: int = 200) -> str:
     lines = repr(value).splitlines() or ['']
     cut = len(lines) > 1 or len(lines[0]) > limit
     return lines[0][:limit].rstrip() + (' ...' if cut else '')
+
+
+@contextlib.contextmanager
+def prefix_errors(owner: str) -> Iterator[None]:
+    """Put ``owner`` before the message of every ``ValueError`` that is raised inside.
+
+    Args:
+        owner: e.g. ``"term 'pixel'"``.
+
+    Yields:
+        Nothing.
+
+    Example:
+        >>> with prefix_errors("term 'pixel'"):
+        ...     raise ConfigError('PixelwiseKLLoss: `temperature` must be above 0, got 0.')
+        Traceback (most recent call last):
+        mmstructkd.errors.ConfigError: term 'pixel': PixelwiseKLLoss: `temperature` must be above 0, got 0.
+    """
+    try:
+        yield
+    except ValueError as err:
+        raise type(err)(f'{owner}: {err}') from err
 
 
 def check_one_of(owner: str, argument: str, value: Any, allowed: Collection[Any]) -> None:

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from mmstructkd.arguments import check_call
 from mmstructkd.errors import ConfigError, check_finite_number, shown, suggest
 
-__all__ = ['check_kinds', 'check_optimizer', 'check_registered', 'not_built']
+__all__ = ['check_kinds', 'check_optimizer', 'check_registered', 'optimizer_refused']
 
 
 def check_optimizer(owner: str, settings: Any) -> None:
@@ -59,7 +59,7 @@ def check_optimizer(owner: str, settings: Any) -> None:
         try:
             kind([nn.Parameter(torch.zeros(1, 1))], **arguments)
         except (AssertionError, IndexError, KeyError, TypeError, ValueError) as err:
-            raise not_built(owner, settings, err) from err
+            raise optimizer_refused(owner, settings, err) from err
         except RuntimeError:
             return  # about this parameter, on a CPU (fused kernels): the real ones may well be taken
 
@@ -86,7 +86,7 @@ def check_kinds(owner: str, kind: Any, arguments: Mapping[str, Any]) -> None:
                 check_finite_number(owner, name, number)
 
 
-def not_built(owner: str, settings: Mapping[str, Any], err: Exception) -> ConfigError:
+def optimizer_refused(owner: str, settings: Mapping[str, Any], err: Exception) -> ConfigError:
     """The error for an optimiser that refuses its settings."""
     return ConfigError(f'{owner}: `optimizer` must be one that can be built, got {shown(dict(settings))}. {err}')
 

@@ -5,19 +5,24 @@ from __future__ import annotations
 import argparse
 import contextlib
 import inspect
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from mmengine.config import Config, DictAction
+from mmengine.device import get_device
+from mmengine.dist import is_distributed
 from mmengine.registry import RUNNERS
 from mmengine.runner import FlexibleRunner, Runner
 
 from mmstructkd import compat
 from mmstructkd.errors import CheckpointError, ConfigError, ShapeError, suggest
+from mmstructkd.run_config import paths_as_text
 
-__all__ = ['Overrides', 'build_runner', 'choose_work_dir', 'one_line_errors', 'read_config']
+__all__ = ['Overrides', 'build_runner', 'choose_work_dir', 'one_line_errors', 'prepare_cpu_distributed', 'read_config']
 
 #: What ends a tool with one line: mistakes in a config, a file or the data, which a traceback does not explain.
 EXPLAINED = (ConfigError, ShapeError, CheckpointError, FloatingPointError)
@@ -110,7 +115,7 @@ def read_config(path: str, overrides: dict[str, Any] | None, owner: str) -> Conf
         raise ConfigError(
             f'{owner}: `--cfg-options` must fit the config, got {overrides!r} ({_first_line(err)}).'
         ) from err
-    return compat.paths_as_text(cfg)
+    return paths_as_text(cfg)
 
 
 def _first_line(err: Exception) -> str:
@@ -136,7 +141,7 @@ def build_runner(cfg: Config, launcher: str) -> Any:
 
     Args:
         cfg: the config.
-        launcher: see :func:`mmstructkd.compat.prepare_cpu_distributed`.
+        launcher: see :func:`prepare_cpu_distributed`.
 
     Returns:
         A ``Runner``, or what ``runner_type`` names.
@@ -145,7 +150,7 @@ def build_runner(cfg: Config, launcher: str) -> Any:
         ConfigError: ``runner_type`` names nothing.
     """
     cfg.launcher = launcher
-    compat.prepare_cpu_distributed(cfg, launcher)
+    prepare_cpu_distributed(cfg, launcher)
     kind = cfg.get('runner_type')
     if kind is None:
         return Runner.from_cfg(cfg)
@@ -155,3 +160,54 @@ def build_runner(cfg: Config, launcher: str) -> Any:
             f'{suggest(kind, ["Runner", "FlexibleRunner"])}'
         )
     return RUNNERS.build(cfg)
+
+
+def prepare_cpu_distributed(cfg: Config, launcher: str) -> None:
+    """Make several processes without any accelerator work through Runner.
+
+    mmengine selects a CUDA device while it starts the processes, and hands
+    ``device_ids`` to ``DistributedDataParallel``, which a module on the CPU
+    refuses. So the gloo group is made here, before the Runner, and the wrapper
+    gets ``device_ids=None``; its other settings stay those of mmengine.
+    Nothing happens with one process, or where there is an accelerator.
+
+    Args:
+        cfg: the config, changed in place.
+        launcher: ``'none'``, ``'pytorch'``, ``'slurm'`` or ``'mpi'``.
+
+    Raises:
+        ConfigError: the launcher is not ``'pytorch'``, or it did not set its
+            environment variables.
+    """
+    if launcher == 'none' or get_device() != 'cpu':
+        return
+    if launcher != 'pytorch':
+        raise ConfigError(
+            f"prepare_cpu_distributed: `launcher` must be 'pytorch' where there is no GPU, got {launcher!r}. "
+            'Start the processes with torchrun.'
+        )
+    absent = [
+        name for name in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT') if name not in os.environ
+    ]
+    if absent:
+        raise ConfigError(
+            f"prepare_cpu_distributed: `launcher` 'pytorch' must come with {', '.join(absent)} in the environment, "
+            'got none. Start with `torchrun --nproc_per_node=2 tools/train.py CONFIG --launcher pytorch`.'
+        )
+    if not is_distributed():
+        torch.distributed.init_process_group('gloo')
+    flexible = cfg.get('runner_type') == 'FlexibleRunner'
+    settings = cfg.get('strategy') or {}
+    wrapper = dict((settings.get('model_wrapper') if flexible else cfg.get('model_wrapper_cfg')) or {})
+    if not wrapper:
+        # What mmengine passes when it is given no config of the wrapper; DDP's own defaults differ.
+        wrapper = {
+            'type': 'MMDistributedDataParallel',
+            'broadcast_buffers': False,
+            'find_unused_parameters': cfg.get('find_unused_parameters', False),
+        }
+    wrapper.setdefault('device_ids', None)
+    if flexible:
+        cfg.strategy = {'type': 'DDPStrategy', **settings, 'model_wrapper': wrapper}
+    else:
+        cfg.model_wrapper_cfg = wrapper

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, get_worker_info
 
-__all__ = ['Follower', 'Point', 'follow', 'random_states', 'restore_random_states']
+__all__ = ['Follower', 'Point', 'random_states', 'restore_random_states', 'track_loader']
 
 _END = object()
 
@@ -219,7 +219,7 @@ class _FollowedLoader(DataLoader):
         self.follower.deferred = False
         return one
 
-    def go_on_at(self, point: Point) -> None:
+    def continue_at(self, point: Point) -> None:
         """Begin the coming pass elsewhere.
 
         Args:
@@ -279,7 +279,7 @@ class _FollowedLoader(DataLoader):
         return (iter(()), True) if first is _END else (itertools.chain([first], indices), False)
 
 
-def follow(loader: Any, *, deferred: bool = False) -> Any:
+def track_loader(loader: Any, *, deferred: bool = False) -> Any:
     """Let a loader know where it stands, and go on there later.
 
     Batches, their order and all random numbers stay what they are.

@@ -108,7 +108,7 @@ def take_prefix(weights: Mapping[str, Tensor], prefix: str, own: Iterable[str], 
     joined = {key.replace('.', '_'): key for key in own} if prefix.endswith('_') else {}
     taken = {key[len(prefix) :]: value for key, value in weights.items() if key.startswith(prefix)}
     if not taken:
-        known = dict.fromkeys(beginning(key) for key in weights)
+        known = dict.fromkeys(key_prefix(key) for key in weights)
         raise CheckpointError(
             f'{owner}: `prefix` must be what keys of the checkpoint begin with, got {prefix!r}. '
             f'{suggest(prefix, known)}'
@@ -116,7 +116,7 @@ def take_prefix(weights: Mapping[str, Tensor], prefix: str, own: Iterable[str], 
     return {joined.get(key, key): value for key, value in taken.items()}
 
 
-def beginning(key: str) -> str:
+def key_prefix(key: str) -> str:
     """First part of a key, with what divides it from the rest."""
     return 'ema_' if key.startswith('ema_') else key.partition('.')[0] + '.'
 
@@ -176,7 +176,7 @@ def describe_mismatch(
     if prefixes:
         return _under_prefix(owner, checkpoint, prefixes, len(missing), prefix_key)
     if not (missing or misshapen):
-        groups = Counter(beginning(key) for key in unexpected)
+        groups = Counter(key_prefix(key) for key in unexpected)
         under = ', '.join(f'{count} under {name!r}' for name, count in groups.most_common(SHOWN))
         return (
             f'{owner}: `checkpoint` must give the parameters of the config and no others, got {checkpoint!r} with '

@@ -184,7 +184,7 @@ def use_teacher(teacher: TeacherSource) -> None:
     student, batch, taps = MODELS.build(toy_segmentor(2)), toy_batch(1, (32, 32)), [Tap.parse('backbone[1]')]
     teacher.attach(student)
     teacher.probe(batch['inputs'], batch['data_samples'], taps)
-    assert teacher.pace(0) >= 1
+    assert teacher.interval_factor(0) >= 1
     (seen,) = teacher.observe(batch['inputs'], batch['data_samples'], taps)[taps[0]]
     assert seen.isfinite().all()
     teacher.provenance()

@@ -32,9 +32,11 @@ from mmseg.models import SegDataPreProcessor
 from torch import nn
 from torch.utils.data import Dataset
 
-from mmstructkd import compat
+from mmstructkd import compat, running
 from mmstructkd.checkpoints import read_checkpoint
 from mmstructkd.errors import ConfigError
+from mmstructkd.running import prepare_cpu_distributed
+from mmstructkd.teachers.normalization import pad_value, swaps_channels
 
 ROOT = Path(__file__).resolve().parents[1]
 compat.install()
@@ -156,8 +158,8 @@ def test_preprocessor_is_read_on_both_lines(package, bgr_to_rgb):
         'mmdet': (DetDataPreprocessor, 'pad_value'),
     }[package]
     preprocessor = kind(mean=[0.0] * 3, std=[1.0] * 3, bgr_to_rgb=bgr_to_rgb, **{pad: 7})
-    assert compat.swaps_channels(preprocessor) is bgr_to_rgb
-    assert compat.pad_value(preprocessor) == 7
+    assert swaps_channels(preprocessor) is bgr_to_rgb
+    assert pad_value(preprocessor) == 7
 
 
 # --- writing -------------------------------------------------------------------------------------------------
@@ -323,22 +325,22 @@ def test_model_inside_a_wrapper_prepares_its_runner(tmp_path):
 
 def test_one_process_needs_no_preparation():
     cfg = Config({})
-    compat.prepare_cpu_distributed(cfg, 'none')
+    prepare_cpu_distributed(cfg, 'none')
     assert dict(cfg) == {}
     assert not torch.distributed.is_initialized()
 
 
 def test_processes_with_a_gpu_are_left_to_mmengine(monkeypatch):
-    monkeypatch.setattr(compat, 'get_device', lambda: 'cuda')
+    monkeypatch.setattr(running, 'get_device', lambda: 'cuda')
     cfg = Config({})
-    compat.prepare_cpu_distributed(cfg, 'pytorch')
+    prepare_cpu_distributed(cfg, 'pytorch')
     assert dict(cfg) == {}
 
 
 @pytest.fixture
 def one_of_one(monkeypatch):
     """The environment of a group of one process on the CPU."""
-    monkeypatch.setattr(compat, 'get_device', lambda: 'cpu')
+    monkeypatch.setattr(running, 'get_device', lambda: 'cpu')
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         port = free.getsockname()[1]
@@ -349,7 +351,7 @@ def one_of_one(monkeypatch):
 
 def test_cpu_processes_keep_the_settings_of_mmengine(one_of_one):
     cfg = Config({'find_unused_parameters': True})
-    compat.prepare_cpu_distributed(cfg, 'pytorch')
+    prepare_cpu_distributed(cfg, 'pytorch')
     assert torch.distributed.get_backend() == 'gloo'
     assert cfg.model_wrapper_cfg == {
         'type': 'MMDistributedDataParallel',
@@ -357,9 +359,9 @@ def test_cpu_processes_keep_the_settings_of_mmengine(one_of_one):
         'find_unused_parameters': True,
         'device_ids': None,
     }
-    compat.prepare_cpu_distributed(cfg, 'pytorch')  # again is harmless
+    prepare_cpu_distributed(cfg, 'pytorch')  # again is harmless
     own = Config({'model_wrapper_cfg': {'type': 'MMDistributedDataParallel', 'static_graph': True}})
-    compat.prepare_cpu_distributed(own, 'pytorch')
+    prepare_cpu_distributed(own, 'pytorch')
     assert own.model_wrapper_cfg == {
         'type': 'MMDistributedDataParallel',
         'static_graph': True,
@@ -369,10 +371,10 @@ def test_cpu_processes_keep_the_settings_of_mmengine(one_of_one):
 
 def test_cpu_processes_need_torchrun(monkeypatch, one_of_one):
     with pytest.raises(ConfigError, match=r"`launcher` must be 'pytorch'.*got 'slurm'"):
-        compat.prepare_cpu_distributed(Config({}), 'slurm')
+        prepare_cpu_distributed(Config({}), 'slurm')
     monkeypatch.delenv('RANK')
     with pytest.raises(ConfigError, match=r'RANK in the environment.*torchrun'):
-        compat.prepare_cpu_distributed(Config({}), 'pytorch')
+        prepare_cpu_distributed(Config({}), 'pytorch')
 
 
 def test_two_processes_train_through_runner(tmp_path):
@@ -383,10 +385,10 @@ import sys
 sys.path.insert(0, {str(ROOT)!r})
 import torch
 from mmengine.config import Config
-from mmstructkd import compat
+from mmstructkd.running import prepare_cpu_distributed
 from tests.test_compat import Toy, toy_runner
 cfg = Config({{}})
-compat.prepare_cpu_distributed(cfg, 'pytorch')
+prepare_cpu_distributed(cfg, 'pytorch')
 runner = toy_runner({str(tmp_path / 'work')!r}, launcher='pytorch', cfg=cfg)
 runner.train()
 weights = [torch.zeros(1, 2) for _ in range(2)]

@@ -493,7 +493,7 @@ def test_a_kind_of_teacher_trains_and_takes_few_lines(path):
     model.set_progress(0, cfg.train_cfg.max_iters)
     wrapper = optimiser(model, cfg)
     given = synthetic_batch(model, (64, 64))
-    if any(stream.reads_data for stream in model.streams.values()):
+    if model.streams.reading:
         given['unlabelled'] = synthetic_batch(model, (64, 64))
     total, logs = model.parse_losses(model(**given, mode='loss'))
     wrapper.update_params(total)

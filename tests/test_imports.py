@@ -19,6 +19,7 @@ MAY_IMPORT = {
     'errors': set(),
     'arguments': {'errors'},
     'structures': set(),
+    'files': set(),
     'randomness': set(),
     'functional': {'errors', 'structures'},
     'registry': {'arguments', 'errors'},
@@ -27,8 +28,10 @@ MAY_IMPORT = {
     'checkpoints': {'errors'},
     'stream_states': set(),
     'weights': {'errors'},
-    'compat': {'errors', 'checkpoints', 'stream_states', 'weights'},
-    'running': {'compat'},
+    'run_config': set(),
+    'resuming': {'errors', 'checkpoints', 'stream_states'},
+    'compat': {'errors', 'checkpoints', 'run_config', 'weights'},
+    'running': {'compat', 'run_config'},
     'connectors': {'functional'},
     'temperatures': {'functional'},
     'critics': {'functional'},
@@ -41,7 +44,7 @@ MAY_IMPORT = {
     'tasks': {'functional'},
     'terms': {'functional', 'losses', 'connectors', 'optim', 'taps', 'tasks'},
     'teachers': {'functional', 'taps', 'tasks', 'terms', 'models', 'compat', 'checkpoints', 'weights'},
-    'streams': {'tasks'},
+    'streams': {'functional', 'taps', 'tasks'},
     'distillers': {
         'functional',
         'losses',
@@ -54,6 +57,8 @@ MAY_IMPORT = {
         'streams',
         'optim',
         'compat',
+        'resuming',
+        'run_config',
         'checkpoints',
         'weights',
     },
@@ -65,6 +70,7 @@ MAY_IMPORT = {
         'taps',
         'optim',
         'compat',
+        'resuming',
         'stream_states',
         'terms',
         'teachers',
@@ -85,7 +91,7 @@ MAY_IMPORT = {
     },
 }
 #: Every layer may use these; they import nothing of the package but each other.
-GROUND = {'errors', 'structures', 'arguments', 'registry', 'layers', 'optimizers', 'randomness'}
+GROUND = {'errors', 'structures', 'arguments', 'registry', 'layers', 'optimizers', 'randomness', 'files'}
 
 #: Imports inside functions, each with its reason.
 LOCAL_IMPORTS: dict[tuple[str, str], str] = {

@@ -15,10 +15,10 @@ from mmengine.runner import Runner
 
 from mmstructkd import compat
 from mmstructkd.checkpoints import read_checkpoint
-from mmstructkd.compat import checkpoint_to_resume
 from mmstructkd.errors import CheckpointError, ConfigError
 from mmstructkd.hooks.student_checkpoint import plain_values
 from mmstructkd.registry import MODELS
+from mmstructkd.resuming import checkpoint_to_resume
 from mmstructkd.testing import toy_config, toy_distiller, toy_segmentor, toy_terms
 
 compat.install()

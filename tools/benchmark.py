@@ -46,6 +46,7 @@ from mmengine.logging import MMLogger
 
 from mmstructkd import compat
 from mmstructkd.errors import ConfigError
+from mmstructkd.files import write_whole
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -132,8 +133,7 @@ def time_pair(name: str, precision: str, args: argparse.Namespace) -> dict[str, 
             out['arms'][arm].update(
                 held_bytes=made.held_bytes(), extra_bytes=measure.extra_memory(made.step, args.device)
             )
-            execution = getattr(made.teacher, '_execution', None)
-            if arm in arms.COMPILED and execution is not None and not execution.compiled:
+            if arm in arms.COMPILED and made.teacher is not None and not made.teacher.is_compiled:
                 out['skipped'][arm] = 'torch.compile does not work here: timed without'
     return out
 
@@ -150,7 +150,7 @@ def save(results: dict[str, Any], out: Path) -> Path:
     """
     stem = out / f'{results["kind"]}_{results["environment"]["device_type"]}'
     results['targets'] = report.targets(results)
-    stem.with_suffix('.json').write_text(json.dumps(results, indent=1), encoding='utf-8')
+    write_whole(stem.with_suffix('.json'), json.dumps(results, indent=1))
     report.draw(results, stem.with_suffix('.png'))
     return stem
 

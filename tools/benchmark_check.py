@@ -57,12 +57,12 @@ def measure(
 
         def step() -> None:
             wrapper.update_params(loss())
-            wrapper.settle()
+            wrapper.check_last_step()
 
         def check() -> None:
             wrapper._examine(total.detach())
             if not accelerated:
-                wrapper.settle()
+                wrapper.check_last_step()
 
         steps, checks = [], []
         for number in range(warmup + rounds):
@@ -75,7 +75,7 @@ def measure(
                 alone = seconds(check, device)
             finally:
                 gc.enable()
-            wrapper.settle()
+            wrapper.check_last_step()
             wrapper.zero_grad()
             if number >= warmup:
                 steps.append(took)

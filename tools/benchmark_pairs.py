@@ -244,7 +244,7 @@ class Arm:
         """Train one step and return the losses."""
         if self.teacher is not None:
             for term in self.model.terms.values():
-                term.pace = self.teacher.pace(self.count)
+                term.interval_factor = self.teacher.interval_factor(self.count)
         self.count += 1
         with self.autocast():
             if self.before is not None:
@@ -298,7 +298,7 @@ class Arm:
         """What stays between two steps: weights of both networks and the optimisers' states."""
         modules = [self.model, *self.networks]
         if self.teacher is not None:
-            modules += [self.teacher.network, *filter(None, [self.teacher._execution._cast])]
+            modules += self.teacher.held_networks()
         tensors = [t for module in modules for t in (*module.parameters(), *module.buffers())]
         for optimizer in self.optimizers:
             tensors += [v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]

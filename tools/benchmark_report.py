@@ -13,6 +13,9 @@ import matplotlib.pyplot as plt
 from benchmark_measure import spread
 from benchmark_pairs import BARE, MMRAZOR, OURS, STUDENT
 
+from mmstructkd.evaluation.tables import markdown_table
+from mmstructkd.files import write_whole
+
 __all__ = ['draw', 'ratio', 'targets', 'text', 'write_page']
 
 BEGIN, END = '<!-- benchmark: begin -->', '<!-- benchmark: end -->'
@@ -86,12 +89,6 @@ def _target(words: str, limit: float, over: dict[str, Any]) -> dict[str, Any]:
     )
 
 
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = ['| ' + ' | '.join(columns) + ' |', '| ' + ' | '.join('---' for _ in columns) + ' |']
-    return '\n'.join(lines + ['| ' + ' | '.join(row) + ' |' for row in rows])
-
-
 def _seconds(value: float) -> str:
     return f'{value:.3f}' if value >= 0.1 else f'{value * 1000:.2f} ms'
 
@@ -136,7 +133,7 @@ def _pair(entry: dict[str, Any]) -> str:
         terms = entry['terms']['median']
         share = 100 * terms / timed[OURS]['median']
         notes.insert(0, f'The terms take {_seconds(terms)}, {share:.1f} % of the step of {OURS}.')
-    return '\n\n'.join([f'**{head}**', _table(columns, rows), *notes])
+    return '\n\n'.join([f'**{head}**', markdown_table([columns, *rows], aligned=False), *notes])
 
 
 def _memory(ours: dict[str, Any], plain: dict[str, Any]) -> tuple[str, str, str]:
@@ -174,7 +171,7 @@ def _losses(results: dict[str, Any]) -> str:
         'ratio',
         'gradients differ by',
     )
-    return _table(columns, rows)
+    return markdown_table([columns, *rows], aligned=False)
 
 
 def _gradients(found: dict[str, Any]) -> str:
@@ -183,7 +180,7 @@ def _gradients(found: dict[str, Any]) -> str:
     terms = list(next(iter(found['options'].values())))
     rows = [(name, *(f'{change[term]:.1e}' for term in terms)) for name, change in found['options'].items()]
     head = f'{found["config"]}: first batch, {found["images"]} images of {height}x{width}, at the first step'
-    return f'**{head}**\n\n' + _table(('option', *terms), rows)
+    return f'**{head}**\n\n' + markdown_table([('option', *terms), *rows], aligned=False)
 
 
 def _checks(found: Sequence[dict[str, Any]]) -> str:
@@ -201,7 +198,8 @@ def _checks(found: Sequence[dict[str, Any]]) -> str:
                 f'{over["low"]:.4f} to {over["high"]:.4f}',
             )
         )
-    return _table(('step', 'trained', 'seconds', 'check', 'with over without', 'quartiles'), rows)
+    heads = ('step', 'trained', 'seconds', 'check', 'with over without', 'quartiles')
+    return markdown_table([heads, *rows], aligned=False)
 
 
 def text(results: dict[str, Any]) -> str:
@@ -239,7 +237,7 @@ def text(results: dict[str, Any]) -> str:
             )
             for t in results['targets']
         ]
-        parts.append(_table(('target', 'at most', 'measured', 'quartiles', ''), rows))
+        parts.append(markdown_table([('target', 'at most', 'measured', 'quartiles', ''), *rows], aligned=False))
     return '\n\n'.join(parts) + '\n'
 
 
@@ -364,4 +362,4 @@ def write_page(page: Path, runs: Sequence[dict[str, Any]]) -> None:
         parts.append(f'## {what}: {run["environment"]["device"]}\n\n{text(run)}')
     before, rest = old.split(BEGIN, 1)
     after = rest.split(END, 1)[1]
-    page.write_text(f'{before}{BEGIN}\n\n' + '\n'.join(parts) + f'\n{END}{after}', encoding='utf-8')
+    write_whole(page, f'{before}{BEGIN}\n\n' + '\n'.join(parts) + f'\n{END}{after}')

@@ -28,6 +28,8 @@ from pathlib import Path
 
 from mmstructkd.evaluation.metrics import Metric, mean_and_std
 from mmstructkd.evaluation.scalars import last_values, read_scalars, step_seconds
+from mmstructkd.evaluation.tables import markdown_table
+from mmstructkd.files import write_whole
 
 ROOT = Path(__file__).resolve().parents[1]
 SECONDS = 'step_seconds'
@@ -134,7 +136,7 @@ def table(results: Results, seeds: Sequence[int], metrics: Sequence[Metric]) -> 
         heads[1:] = [f'{primary.title} {head}' for head in heads[1:]]
         heads += [head for metric in metrics for head in (metric.title, 'paired difference')]
     heads.append('s a step')
-    lines = [f'| {" | ".join(heads)} |', '| --- ' * len(heads) + '|']
+    rows = [heads]
     for name, runs in results.items():
         cells = [name, *(f'{runs[seed][primary.key]:.{digits(results, primary)}f}' for seed in seeds)]
         for metric in metrics:
@@ -149,8 +151,8 @@ def table(results: Results, seeds: Sequence[int], metrics: Sequence[Metric]) -> 
                 cells.append(mean_and_std(values, places))
                 cells.append(mean_and_std(deltas, places, signed=True) if runs is not first else '')
         cells.append(f'{statistics.median(runs[seed][SECONDS] for seed in seeds):.2f}')
-        lines.append(f'| {" | ".join(cells)} |')
-    return '\n'.join(lines)
+        rows.append(cells)
+    return markdown_table(rows, aligned=False)
 
 
 def main() -> None:
@@ -170,8 +172,8 @@ def main() -> None:
     print('\n' + text)
     if args.out is not None:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.with_suffix('.md').write_text(text + '\n')
-        args.out.with_suffix('.json').write_text(json.dumps(results, indent=1))
+        write_whole(args.out.with_suffix('.md'), text + '\n')
+        write_whole(args.out.with_suffix('.json'), json.dumps(results, indent=1))
 
 
 if __name__ == '__main__':

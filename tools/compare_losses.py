@@ -26,6 +26,8 @@ from mmengine.config import Config
 
 from mmstructkd import compat
 from mmstructkd.evaluation.scalars import last_values, read_scalars, step_seconds
+from mmstructkd.evaluation.tables import markdown_table
+from mmstructkd.files import write_whole
 from mmstructkd.losses import DistillLoss
 from mmstructkd.registry import MODELS
 
@@ -234,7 +236,7 @@ def write_config(run: Run, settings: Settings) -> Path:
             'Name another folder, or remove that file and the folder beside it.'
         )
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding='utf-8')
+    write_whole(path, text)
     return path
 
 
@@ -289,16 +291,15 @@ def table(outcomes: Sequence[Outcome]) -> str:
     """
     (alone,) = [one for one in outcomes if one.run.term is None]
     heads = ['loss', 'weight', 'tap (student / teacher)', 'mIoU', 'difference', 's a step', 'ratio']
-    lines = [f'| {" | ".join(heads)} |', '| --- ' * len(heads) + '|']
+    rows = [heads]
     for one in sorted(outcomes, key=lambda one: (-one.miou, one.run.name)):
         name, weight, tap = one.run.name, '', ''
         difference, ratio = '', ''
         if one is not alone:
             name, weight, tap = f'`{name}`', f'{one.run.weight:g}', f'`{one.run.tap}`'
             difference, ratio = f'{one.miou - alone.miou:+.2f}', f'{one.seconds / alone.seconds:.2f}'
-        cells = [name, weight, tap, f'{one.miou:.2f}', difference, f'{one.seconds:.3f}', ratio]
-        lines.append(f'| {" | ".join(cells)} |')
-    return '\n'.join(lines)
+        rows.append([name, weight, tap, f'{one.miou:.2f}', difference, f'{one.seconds:.3f}', ratio])
+    return markdown_table(rows, aligned=False)
 
 
 def page(outcomes: Sequence[Outcome], settings: Settings, failed: Sequence[str] = ()) -> str:
@@ -397,7 +398,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.out is not None:
         kept = args.out.read_text(encoding='utf-8').partition(f'{MARK}\n')[2] if args.out.is_file() else ''
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(page(outcomes, settings, failed) + kept, encoding='utf-8')
+        write_whole(args.out, page(outcomes, settings, failed) + kept)
     print('\n' + table(outcomes))
     if failed:
         print(f'\ncompare_losses.py: failed: {", ".join(failed)}', file=sys.stderr)

@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import importlib.util
 import math
-import os
 import sys
 import tempfile
 import warnings
@@ -35,10 +34,12 @@ from mmstructkd.checkpoints import ON_COMMAND_LINE, read_checkpoint, trusts
 from mmstructkd.distillers.plain_config import plain_config
 from mmstructkd.errors import CheckpointError, ConfigError, ShapeError, TapError
 from mmstructkd.evaluation.cost import all_tensors, multiply_adds, parameter_count
+from mmstructkd.files import whole_file
 from mmstructkd.hooks.student_checkpoint import KEY
 from mmstructkd.tasks.batches import input_size, synthetic_batch
 from mmstructkd.tasks.targets import task_of
 from mmstructkd.teachers.loading import build_network, load_student, model_config, own_name, student_config
+from mmstructkd.teachers.normalization import swaps_channels
 
 KEYS = {'state_dict', 'meta'}
 
@@ -349,19 +350,8 @@ def print_complexity(student: BaseModel, cfg: Config, size: tuple[int, int]) -> 
 @contextlib.contextmanager
 def kept_if_good(*targets: Path | None) -> Iterator[list[Path | None]]:
     """Give a name beside each target; rename all of them at the end, or remove them at an error."""
-    parts = [None if target is None else target.with_name(f'.{target.name}.{os.getpid()}.part') for target in targets]
-    try:
-        for target in targets:
-            if target is not None:
-                target.parent.mkdir(parents=True, exist_ok=True)
-        yield parts
-        for part, target in zip(parts, targets, strict=True):
-            if part is not None and target is not None:
-                part.replace(target)
-    finally:
-        for part in parts:
-            if part is not None:
-                part.unlink(missing_ok=True)
+    with contextlib.ExitStack() as stack:
+        yield [None if target is None else stack.enter_context(whole_file(target)) for target in targets]
 
 
 def peer_of(distilling: Config, source: dict, folder: Path) -> tuple[Config, str]:
@@ -451,7 +441,7 @@ def export(args: argparse.Namespace) -> None:
     if onnx is not None:
         preprocessor = model.data_preprocessor
         mean, std = (getattr(preprocessor, name, None) for name in ('mean', 'std'))
-        order = 'RGB' if compat.swaps_channels(preprocessor) else 'BGR'
+        order = 'RGB' if swaps_channels(preprocessor) else 'BGR'
         print(f'wrote     {onnx}: image 1x3x{size[0]}x{size[1]} -> logits, opset {args.opset}')
         if mean is not None:
             print(f'          image = ({order} - {mean.flatten().tolist()}) / {std.flatten().tolist()}')

@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import mmstructkd.functional as functional
+from mmstructkd.evaluation.tables import markdown_table
+from mmstructkd.files import write_whole
 from mmstructkd.losses import DistillLoss
 from mmstructkd.registry import MODELS
 
@@ -166,8 +168,7 @@ def markdown(text: str) -> str:
 
 def table(rows: Sequence[Sequence[str]]) -> list[str]:
     """Lay rows out as a Markdown table, the head first."""
-    lines = ['| ' + ' | '.join(cell.replace('|', r'\|') for cell in row) + ' |' for row in rows]
-    return [lines[0], '|' + ' --- |' * len(rows[0]), *lines[1:]]
+    return markdown_table(rows, aligned=False).splitlines()
 
 
 def registered(package: str) -> list[type]:
@@ -384,7 +385,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     text = page()
     there = args.out.read_text(encoding='utf-8') if args.out.is_file() else ''
     if not args.check:
-        args.out.write_text(text, encoding='utf-8')
+        write_whole(args.out, text)
         print(f'{args.out}: {"as it was" if text == there else "written"}, {len(losses())} losses.')
         return 0
     if text == there:

@@ -39,8 +39,10 @@ from torch import nn
 
 from mmstructkd import compat
 from mmstructkd.evaluation.cost import latency, multiply_adds, parameter_count
-from mmstructkd.evaluation.metrics import Metric, markdown_table
+from mmstructkd.evaluation.metrics import Metric
+from mmstructkd.evaluation.tables import markdown_table
 from mmstructkd.evaluation.training import Training, TrainingError, train
+from mmstructkd.files import write_whole
 from mmstructkd.teachers.loading import load_student
 from mmstructkd.visualization import choose_looks, draw_samples
 
@@ -286,13 +288,13 @@ def report(args: argparse.Namespace, task: Task, configs: Mapping[str, Path], tr
             verdict(task, trainings),
         )
     )
-    (out / 'table.md').write_text(text + '\n')
+    write_whole(out / 'table.md', text + '\n')
     numbers = [
         {**asdict(training), 'latency_seconds': seconds[training.name], 'parameters': sizes[training.name][0]}
         | {'multiply_adds': sizes[training.name][1]}
         for training in trainings
     ]
-    (out / 'results.json').write_text(json.dumps(numbers, indent=1) + '\n')
+    write_whole(out / 'results.json', json.dumps(numbers, indent=1) + '\n')
     print(f'\n{text}\n')
     for what, path in (('table', 'table.md'), ('picture', 'picture.png'), ('distilled student', student.name)):
         print(f'{what.ljust(18)} {os.path.relpath(out / path)}')

@@ -36,6 +36,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mmstructkd.evaluation.tables import markdown_table
+from mmstructkd.files import write_whole
+
 SCOPES = ('mmseg', 'mmdet')
 RESULT = 'SWEEP '
 #: Sizes below that of training at which a step is tried first; one that the network takes is enough.
@@ -325,9 +328,9 @@ def run_one(reference: str, taps: Sequence[str], plain_only: bool = False) -> di
         init_default_scope(cfg.get('default_scope', 'mmengine'))
         import mmstructkd.distillers  # noqa: F401  registers what the configs below name
         from mmstructkd.compat import without_pretrained
-        from mmstructkd.teachers.loading import _drop_pretrained
+        from mmstructkd.teachers.loading import drop_pretrained
 
-        _drop_pretrained(cfg.model)
+        drop_pretrained(cfg.model)
         with without_pretrained():
             size = _plain(cfg, report)
         stage = 'distilled'
@@ -436,10 +439,7 @@ def read_results(path: Path) -> dict[str, dict[str, Any]]:
 
 def write_results(path: Path, done: Mapping[str, Any]) -> None:
     """Write the reports, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix('.part')
-    part.write_text(json.dumps(done, indent=1, sort_keys=True))
-    part.replace(path)
+    write_whole(path, json.dumps(done, indent=1, sort_keys=True))
 
 
 # --- the table -------------------------------------------------------------------------------------------------
@@ -492,26 +492,20 @@ def table(done: Mapping[str, Mapping[str, Any]]) -> str:
         The counts, a row for each config that trains, a row for each that does
         not.
     """
-
-    def cell(text: Any) -> str:
-        return re.sub(r'\s+', ' ', str(text)).replace('|', '\\|')
-
-    def row(*cells: Any) -> str:
-        return '| ' + ' | '.join(map(cell, cells)) + ' |'
-
-    lines = ['| zoo | folders | a plain step works | so does a distilled one |', '| --- | --- | --- | --- |']
-    lines += [row(*counts) for counts in summary(done)]
+    heads = ('zoo', 'folders', 'a plain step works', 'so does a distilled one')
     trained = {key: report for key, report in sorted(done.items()) if report.get('plain') == 'ok'}
-    lines += ['', '| config | network | input | tap | distilled |', '| --- | --- | --- | --- | --- |']
+    rows: list[tuple[Any, ...]] = [('config', 'network', 'input', 'tap', 'distilled')]
     for reference, report in trained.items():
         tap = f'`{report["tap"]}`' if report.get('tap') else '-'
         size = 'x'.join(map(str, report.get('size', ()))) or '-'
-        lines.append(row(f'`{reference}`', report.get('model', '-'), size, tap, outcome(report)))
+        rows.append((f'`{reference}`', report.get('model', '-'), size, tap, outcome(report)))
+    parts = [markdown_table([heads, *summary(done)], aligned=False), markdown_table(rows, aligned=False)]
     others = {key: report for key, report in sorted(done.items()) if key not in trained}
     if others:
-        lines += ['', 'Not tried, because a plain step does not work:', '', '| config | why |', '| --- | --- |']
-        lines += [row(f'`{key}`', report.get('plain', 'no result')) for key, report in others.items()]
-    return '\n'.join(lines) + '\n'
+        reasons = [(f'`{key}`', report.get('plain', 'no result')) for key, report in others.items()]
+        parts.append('Not tried, because a plain step does not work:')
+        parts.append(markdown_table([('config', 'why'), *reasons], aligned=False))
+    return '\n\n'.join(parts) + '\n'
 
 
 def _versions() -> str:
@@ -594,7 +588,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(table(shown))
     if args.table:
         args.table.parent.mkdir(parents=True, exist_ok=True)
-        args.table.write_text(PAGE.format(versions=_versions()) + table(done))
+        write_whole(args.table, PAGE.format(versions=_versions()) + table(done))
     return 0 if all(works(report) or report.get('plain') != 'ok' for report in done.values()) else 1
 
 

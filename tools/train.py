@@ -15,8 +15,8 @@ import torch
 from mmengine.config import Config
 from mmengine.logging import print_log
 
-from mmstructkd import compat
 from mmstructkd.errors import ConfigError, check_positive
+from mmstructkd.resuming import checkpoint_to_resume
 from mmstructkd.running import Overrides, build_runner, choose_work_dir, one_line_errors, read_config
 
 OWNER = 'train.py'
@@ -123,13 +123,13 @@ def set_resume(cfg: Config, resume: str | None) -> None:
         resume: ``'auto'``, a checkpoint, or ``None``: as the config says.
 
     Raises:
-        CheckpointError: see :func:`mmstructkd.compat.checkpoint_to_resume`.
+        CheckpointError: see :func:`mmstructkd.resuming.checkpoint_to_resume`.
     """
     if resume is not None:
         cfg.resume, cfg.load_from = True, None if resume == 'auto' else resume
     if cfg.get('resume') is not True:
         return
-    found = compat.checkpoint_to_resume(cfg.work_dir, cfg.get('load_from'))
+    found = checkpoint_to_resume(cfg.work_dir, cfg.get('load_from'))
     if found is None:
         print_log(f'There is no checkpoint in {cfg.work_dir!r} to resume from: the training begins.', level=30)
         cfg.resume = False

@@ -51,7 +51,7 @@ def width_of(tensor: Tensor) -> int:
     """Return the number of channels of a tapped tensor.
 
     Args:
-        tensor: a map (B, C, H, W), tokens (B, N, C), or vectors (N, C).
+        tensor: a map (B, C, H, W), tokens (B, N, C), vectors (N, C), or numbers (C,).
 
     Returns:
         C.
@@ -61,7 +61,7 @@ def width_of(tensor: Tensor) -> int:
         >>> width_of(torch.zeros(1, 3, 4, 5)), width_of(torch.zeros(1, 20, 3)), width_of(torch.zeros(7, 3))
         (3, 3, 3)
     """
-    return tensor.shape[-1] if tensor.dim() == 3 else tensor.shape[1]
+    return int(tensor.shape[-1] if tensor.dim() == 3 else tensor.shape[min(1, tensor.dim() - 1)])
 
 
 def check_width(owner: str, argument: str, value: Any) -> int:

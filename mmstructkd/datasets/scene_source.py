@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mmstructkd.datasets.scenes import Scene, render_scene
-from mmstructkd.errors import ConfigError, check_count, check_flag, check_one_of, is_count, shown
+from mmstructkd.errors import ConfigError, check_count, check_flag, check_one_of, shown
 
 __all__ = ['SPLIT_SIZE', 'SceneSource']
 
@@ -41,8 +41,7 @@ class SceneSource:
             raise ConfigError(f'{owner}: `size` must be (height, width), got {shown(size)}.')
         for axis, side in enumerate(size):
             check_count(owner, f'size[{axis}]', side, SMALLEST, maximum=LARGEST)
-        if not is_count(num_scenes) or not 0 < num_scenes <= SPLIT_SIZE:
-            raise ConfigError(f'{owner}: `num_scenes` must be an integer in 1..{SPLIT_SIZE}, got {num_scenes!r}.')
+        check_count(owner, 'num_scenes', num_scenes, maximum=SPLIT_SIZE)
         self.first = _SPLITS.index(split) * SPLIT_SIZE
         self.num_scenes = num_scenes
         self.seed = seed

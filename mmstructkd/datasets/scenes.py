@@ -44,7 +44,7 @@ from mmstructkd.datasets.scene_shapes import (
     shadow,
     value_noise,
 )
-from mmstructkd.errors import ConfigError
+from mmstructkd.errors import ConfigError, check_count
 
 __all__ = [
     'CLASSES',
@@ -230,11 +230,11 @@ def _boxes(canvas: _Canvas, layout: Layout, silhouettes: Sequence[int]) -> tuple
     )
 
 
-def _check_natural(argument: str, value: Any, minimum: int) -> int:
-    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    if not whole or value < minimum:
-        raise ConfigError(f'render_scene: `{argument}` must be an integer of at least {minimum}, got {value!r}.')
-    return int(value)
+def _whole(argument: str, value: Any, minimum: int) -> int:
+    """Check a whole number, which may be one of numpy."""
+    number = int(value) if isinstance(value, np.integer) else value
+    check_count('render_scene', argument, number, minimum)
+    return number
 
 
 def render_scene(seed: int, index: int, size: tuple[int, int] = (128, 128)) -> Scene:
@@ -266,10 +266,10 @@ def render_scene(seed: int, index: int, size: tuple[int, int] = (128, 128)) -> S
         >>> bool((render_scene(0, 7, size=(32, 48)).image == scene.image).all())
         True
     """
-    seed, index = _check_natural('seed', seed, 0), _check_natural('index', index, 0)
+    seed, index = _whole('seed', seed, 0), _whole('index', index, 0)
     if not isinstance(size, Sequence) or len(size) != 2:
         raise ConfigError(f'render_scene: `size` must be (height, width), got {size!r}.')
-    size = (_check_natural('size[0]', size[0], 16), _check_natural('size[1]', size[1], 16))
+    size = (_whole('size[0]', size[0], 16), _whole('size[1]', size[1], 16))
     layout, rng = draw_layout(seed, index)
     canvas = _Canvas(layout, size)
     canvas.draw_sky()

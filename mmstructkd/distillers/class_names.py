@@ -13,7 +13,7 @@ from mmengine.registry import DATASETS
 from mmstructkd.checkpoints import read_checkpoint
 from mmstructkd.errors import CheckpointError, ConfigError
 from mmstructkd.teachers.base import TeacherSource
-from mmstructkd.terms.term import Term
+from mmstructkd.terms import Term
 
 __all__ = ['check_class_names', 'check_classes', 'names_of_config', 'names_of_dataset', 'names_of_teacher']
 

@@ -18,8 +18,9 @@ import torch
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
-from mmstructkd.compat import current_config, without_pretrained
+from mmstructkd.compat import without_pretrained
 from mmstructkd.errors import ConfigError, TapError, is_count
+from mmstructkd.run_config import current_config
 from mmstructkd.taps import (
     Capture,
     ForwardFailed,
@@ -40,9 +41,10 @@ from mmstructkd.teachers.loading import init_without_weights
 
 __all__ = [
     'Probe',
+    'as_one_process',
     'check_probe_size',
     'explain_cut',
-    'no_way',
+    'no_size_works',
     'on_device',
     'probe_devices',
     'probe_sizes',
@@ -118,6 +120,26 @@ def probe_devices(student: nn.Module) -> list[str | None]:
     """
     here = next((parameter.device.type for parameter in student.parameters()), 'cpu')
     return [None, 'cuda'] if here == 'cpu' and torch.cuda.is_available() else [None]
+
+
+@contextlib.contextmanager
+def as_one_process() -> Iterator[None]:
+    """Let the code of networks believe that there is one process only.
+
+    A probe runs on the CPU, where NCCL can reduce nothing: the losses of mmdet
+    average their denominators over the processes, and synchronised BatchNorm
+    its statistics. All ask ``torch.distributed.is_initialized``. Every process
+    probes the same, so that none waits for another meanwhile.
+
+    Yields:
+        Nothing.
+    """
+    asked = torch.distributed.is_initialized
+    torch.distributed.is_initialized = lambda: False
+    try:
+        yield
+    finally:
+        torch.distributed.is_initialized = asked
 
 
 def check_probe_size(size: Any) -> tuple[int, int] | None:
@@ -257,7 +279,7 @@ def _batch(twin: nn.Module, size: tuple[int, int]) -> tuple[Tensor, list[Any]]:
     return noise.to(device), probe_samples(1, size)
 
 
-def _routes(student: nn.Module, taps: Sequence[Tap]) -> list[str]:
+def _routes(taps: Sequence[Tap]) -> list[str]:
     """Ways to run a student in training mode that may pass the taps, the cheapest first."""
     if all(map(in_features, taps)):
         return ['features', 'loss']
@@ -320,7 +342,7 @@ def _in_training(twin: nn.Module, taps: tuple[Tap, ...], size: tuple[int, int], 
     inputs, samples = _batch(twin, size)
     regions, chosen = _regions(inputs), False
     with recorded_points(twin) as points, RegionRecorder(twin) as recorder, _graph_only():
-        capture, route = find_route(twin, inputs, samples, taps, _routes(twin, taps), regions=regions)
+        capture, route = find_route(twin, inputs, samples, taps, _routes(taps), regions=regions)
     if route == 'loss' and any(map(in_region_head, taps)):
         regions, chosen = recorder.regions, True
     if any(in_point_head(twin, tap) for tap in taps):
@@ -371,7 +393,7 @@ def explain_cut(reason: str, tap: Tap) -> str:
     }[reason]
 
 
-def no_way(failures: Sequence[tuple[str, tuple[int, int], ForwardFailed]], given: bool) -> TapError:
+def no_size_works(failures: Sequence[tuple[str, tuple[int, int], ForwardFailed]], given: bool) -> TapError:
     """The error for networks that could not be run at any size.
 
     Args:

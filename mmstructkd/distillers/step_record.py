@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ['Fault', 'StepRecord', 'ailment', 'explain', 'not_finite']
+__all__ = ['Fault', 'StepRecord', 'describe_not_finite', 'explain', 'not_finite']
 
 # Squares of what is larger overflow in float32, so that finite values of this size end in infinite losses.
 LARGEST = 1e18
@@ -78,8 +78,8 @@ class StepRecord:
         return record
 
 
-def ailment(tensor: Tensor) -> str:
-    """Say in a word what ails a tensor: ``'nan'``, ``'inf'``, the size of what is too large; ``''``: nothing."""
+def describe_not_finite(tensor: Tensor) -> str:
+    """What is wrong with a tensor: ``'nan'``, ``'inf'``, the size of what is too large; ``''``: nothing."""
     if not tensor.is_floating_point() or tensor.numel() == 0:
         return ''
     values = tensor.detach()
@@ -124,8 +124,8 @@ def explain(
     Args:
         model: the distiller.
         record: of the step; ``None``: nothing was noted.
-        gradients: parameters whose gradient is not finite, each with its
-            ailment.
+        gradients: parameters whose gradient is not finite, each with
+            what is wrong with it.
         buffers: the same for running statistics and the like.
         culprits: losses that are known to make such gradients.
 
@@ -153,12 +153,12 @@ def explain(
 
 def _brought_in(model: nn.Module, record: StepRecord) -> Fault | None:
     """Blame images, teacher or student where their tensors are not finite."""
-    images = {name: ailing for name, image in _images(record) if (ailing := ailment(image))}
+    images = {name: reason for name, image in _images(record) if (reason := describe_not_finite(image))}
     if images:
         return Fault('', 'images', f'Side: images. {_listed(images)}.', 'Look at these files and at the pipeline.', 2)
     teacher, student = (_tapped(record, side) for side in ('teacher', 'student'))
     weights = {
-        name: ailing for name, weight in model.student.named_parameters() if (ailing := ailment(weight))
+        name: reason for name, weight in model.student.named_parameters() if (reason := describe_not_finite(weight))
     }  # buffers moved with the forward pass: they show what happened, not why
     faults = []
     if teacher:
@@ -199,7 +199,7 @@ def _own(
 ) -> Fault:
     """Blame the terms' own modules, the labels or a loss where both networks are sound."""
     for name, term in model.terms.items():
-        weights = {key: ailing for key, weight in term.named_parameters() if (ailing := ailment(weight))}
+        weights = {key: reason for key, weight in term.named_parameters() if (reason := describe_not_finite(weight))}
         if weights and name in record.tensors:
             side = part_of(next(iter(weights)))
             return Fault(
@@ -211,7 +211,7 @@ def _own(
                 else 'Lower the learning rate, or clip gradients: clip_grad.',
                 2,
             )
-    labels = {name: ailing for name, label in _labels(record) if (ailing := ailment(label))}
+    labels = {name: reason for name, label in _labels(record) if (reason := describe_not_finite(label))}
     moved = gradients or buffers
     if not bad and moved and all(name.startswith("term '") for name in moved):
         where = next(iter(moved))
@@ -262,10 +262,10 @@ def _terms_of(losses: Sequence[str], record: StepRecord) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def _listed(ailing: Mapping[str, str]) -> str:
+def _listed(reasons: Mapping[str, str]) -> str:
     """Write names with what ails them, the first few."""
-    shown = [f'{name} ({what})' for name, what in list(ailing.items())[:SHOWN]]
-    more = f' and {len(ailing) - SHOWN} more' if len(ailing) > SHOWN else ''
+    shown = [f'{name} ({what})' for name, what in list(reasons.items())[:SHOWN]]
+    more = f' and {len(reasons) - SHOWN} more' if len(reasons) > SHOWN else ''
     return ', '.join(shown) + more
 
 
@@ -275,7 +275,7 @@ def _tapped(record: StepRecord, side: str) -> str:
     for term, sides in record.tensors.items():
         for tap, tensors in sides[side].items():
             for tensor in tensors:
-                what = ailment(tensor)
+                what = describe_not_finite(tensor)
                 if what:
                     found.setdefault(f'term {term!r}: {tap!r} of the {side}', what)
     return _listed(found)

@@ -6,7 +6,6 @@ import contextlib
 import copy
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -16,37 +15,35 @@ from mmengine.logging import print_log
 from mmengine.model import BaseDataPreprocessor, BaseModel
 from mmengine.runner import Runner
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from mmstructkd.compat import alone, prepare_to_resume
 from mmstructkd.distillers.probing import (
     Probe,
+    as_one_process,
     check_probe_size,
     explain_cut,
-    no_way,
+    no_size_works,
     on_device,
     probe_devices,
     probe_sizes,
     probe_student,
 )
 from mmstructkd.distillers.step_record import Fault, StepRecord, explain
-from mmstructkd.errors import CheckpointError, ConfigError, TapError, check_finite_number, shown, suggest
+from mmstructkd.errors import CheckpointError, ConfigError, TapError, check_finite_number, shown
 from mmstructkd.functional.sharing import sharing
 from mmstructkd.optim import for_distiller
 from mmstructkd.registry import HOOKS, MODELS, build_part
-from mmstructkd.streams import LABELLED, StreamBatch, StreamPreprocessor, build_streams
+from mmstructkd.resuming import prepare_to_resume
+from mmstructkd.streams import LABELLED, StreamSet, TrainingBatch
 from mmstructkd.structures import Targets
 from mmstructkd.taps import (
     Capture,
     ForwardFailed,
+    Observation,
     RegionRecorder,
-    Regions,
     Tap,
-    in_features,
     in_point_head,
     pair_stages,
     recorded_points,
-    tapped_forward,
     with_points,
 )
 from mmstructkd.tasks.batches import training_info
@@ -61,9 +58,8 @@ from mmstructkd.tasks.targets import (
 from mmstructkd.teachers import TeacherGroup, TeacherSource
 from mmstructkd.teachers.building import build_source
 from mmstructkd.teachers.trained import scale_losses
-from mmstructkd.terms.schedule import WeightSchedule
-from mmstructkd.terms.term import KEYS as TERM_KEYS
-from mmstructkd.terms.term import Term, parse_terms
+from mmstructkd.terms import ProbedNetworks, Term, WeightSchedule, fit_to_probe, parse_terms
+from mmstructkd.terms.reading import TERM_KEYS
 
 __all__ = ['StructuredDistiller']
 
@@ -90,28 +86,6 @@ def random_state_kept() -> Iterator[None]:
         yield
     random.setstate(python)
     np.random.set_state(numpy)
-
-
-@dataclass(frozen=True, eq=False)
-class Observation:
-    """What both networks showed of a batch.
-
-    Attributes:
-        capture: the student's records.
-        teacher: the teacher's tensors by tap.
-        targets: what the batch knows.
-        regions: what the student's RoI head pooled, where it is tapped.
-    """
-
-    capture: Capture
-    teacher: dict[Tap, list[Tensor]]
-    targets: Targets
-    regions: Regions | None
-
-    @property
-    def student(self) -> dict[Tap, list[Tensor]]:
-        """The student's tensors by tap."""
-        return self.capture.records
 
 
 @MODELS.register_module()
@@ -197,10 +171,8 @@ class StructuredDistiller(BaseModel):
         self.task_schedule = WeightSchedule.from_config(task_schedule, 'StructuredDistiller: `task_schedule`')
         self.task_factor = self.task_schedule.factor(0, 1)
         self.step = 0
-        self.streams = build_streams(streams)
-        if any(stream.reads_data for stream in self.streams.values()):
-            names = [name for name, stream in self.streams.items() if stream.reads_data]
-            self.data_preprocessor = StreamPreprocessor(student.data_preprocessor, names)
+        self.streams = StreamSet(streams)
+        self.data_preprocessor = self.streams.wrap_preprocessor(student.data_preprocessor)
         with random_state_kept():
             self.terms = parse_terms(terms)
             self._check_student_taps()
@@ -209,8 +181,8 @@ class StructuredDistiller(BaseModel):
                 term.branches = branches_of(self.student)
             self._teacher = self._build_teacher(teacher, teachers)
             self._teacher.attach(self.student, self_config)
-            self._check_streams()
-            with alone(), training_info():
+            self.streams.check_terms(self.terms.values())
+            with as_one_process(), training_info():
                 self._probe(probe_size)
         # What trains beside the student, or is kept from step to step: owned as the terms are.
         self.companion = self._teacher.trained if self._teacher.trained is not None else nn.Module()
@@ -232,29 +204,6 @@ class StructuredDistiller(BaseModel):
                 f'StructuredDistiller: `teachers` must be a dict of teachers by name, got {shown(teachers)}.'
             )
         return TeacherGroup(**teachers)
-
-    def _check_streams(self) -> None:
-        """Each term must run on streams that there are, and that know what it needs."""
-        for term in self.terms.values():
-            for name in term.on:
-                if name == LABELLED:
-                    continue
-                if name not in self.streams:
-                    raise ConfigError(
-                        f'term {term.name!r}: `on` must name a stream of the distiller, got {name!r}. '
-                        f'{suggest(name, [LABELLED, *self.streams])}'
-                    )
-                asking = [loss for loss in term.losses if loss.needs_labels or loss.where == 'labelled']
-                if asking and not self.streams[name].labelled:
-                    raise ConfigError(
-                        f'term {term.name!r}: `on` must name a stream with labels for {type(asking[0]).__name__}, got '
-                        f"{name!r}, which has none. Take on='labelled', or a loss (or where='inside') that needs none."
-                    )
-                if term.on_regions:
-                    raise ConfigError(
-                        f'term {term.name!r}: `on` must be {LABELLED!r} for taps in a RoI head, got {name!r}. Its '
-                        'regions are chosen with the labels of the batch: tap the neck.'
-                    )
 
     def _check_student_taps(self) -> None:
         """Resolve the student's taps before anything expensive is done."""
@@ -285,10 +234,19 @@ class StructuredDistiller(BaseModel):
         known = self._known(seen.inputs)
         for term in self.terms.values():
             network, tap = self._teacher.part_of(term.teacher_taps[0])
-            classes = (_num_classes(self.student), self._teacher.num_classes(term.teacher_taps[0]))
-            # A random teacher agrees with no ground truth, and is asked for none.
-            learned = self._teacher.has_learned(term.teacher_taps[0])
-            term.bind(capture.records, observed.records, classes, known, regions, network, self.student, learned, tap)
+            probed = ProbedNetworks(
+                student=capture.records,
+                teacher=observed.records,
+                classes=(_num_classes(self.student), self._teacher.num_classes(term.teacher_taps[0])),
+                targets=known,
+                regions=regions,
+                student_network=self.student,
+                teacher_network=network,
+                # A random teacher agrees with no ground truth, and is asked for none.
+                teacher_learned=self._teacher.has_learned(term.teacher_taps[0]),
+                teacher_tap=tap,
+            )
+            fit_to_probe(term, probed)
             for level in term.levels:
                 print_log(
                     f'term {term.name!r}: student {level.student_tap} {level.student}, '
@@ -340,7 +298,7 @@ class StructuredDistiller(BaseModel):
                     partial = seen, observed
         if partial is not None:
             return partial
-        raise no_way(failures, given) from failures[0][2]
+        raise no_size_works(failures, given) from failures[0][2]
 
     @contextlib.contextmanager
     def _moved(self, device: str | None) -> Iterator[None]:
@@ -412,18 +370,20 @@ class StructuredDistiller(BaseModel):
         if mode != 'loss':
             return self.student(inputs, data_samples, mode=mode)
         active = self._active
-        losses, seen = self.observe(inputs, data_samples, [term for term in active if LABELLED in term.on])
+        labelled = [term for term in active if LABELLED in term.on]
+        losses, seen = self.observe(inputs, data_samples, labelled)
         for term in active:
             for tap in term.student_taps:
                 if tap in seen.capture.cut:
                     raise TapError(_no_gradient(term, tap, seen.capture))
         if torch.is_grad_enabled():
-            self.last_step = StepRecord.of(inputs, data_samples, [t for t in active if LABELLED in t.on], seen)
+            self.last_step = StepRecord.of(inputs, data_samples, labelled, seen)
         losses = scale_losses(losses, self.task_weight * self.task_factor)
         if self._teacher.is_trained:
             losses.update(self._teacher.objectives(seen.student, seen.targets))
         scores = self.score(seen)
-        scores.update(self._score_streams(inputs, data_samples, seen.targets, active, others))
+        batch = TrainingBatch(inputs, data_samples, seen.targets, others, self.step)
+        scores.update(self.streams.score(self.student, self._teacher, self.terms.values(), batch, clone=self._clone))
         for name, scored in scores.items():
             clash = sorted(set(scored) & set(losses))
             if clash:
@@ -536,56 +496,6 @@ class StructuredDistiller(BaseModel):
     def _known(self, inputs: Tensor) -> Targets:
         """What batches of the task know, for a probed input."""
         return probe_targets(task_of(self.student), 1, _num_classes(self.student), tuple(inputs.shape[-2:]))
-
-    def _score_streams(
-        self,
-        inputs: Tensor,
-        data_samples: Sequence[Any] | None,
-        targets: Targets,
-        active: Sequence[Term],
-        others: Mapping[str, Any],
-    ) -> dict[str, dict[str, Tensor]]:
-        """Compare both networks on each stream that a term asks for.
-
-        Returns:
-            By term and stream its losses, with the stream's name in the keys.
-        """
-        scores: dict[str, dict[str, Tensor]] = {}
-        for name, stream in self.streams.items():
-            terms = [term for term in self.terms.values() if name in term.on]
-            asked = [term for term in terms if term in active]
-            seen = Observation(Capture(self.student, ()), {}, targets, None)
-            if asked:
-                batch = stream.make(inputs, data_samples, targets, others.get(name) or {}, self.step)
-                seen = self._observe_stream(batch, asked, frozen=stream.norm == 'frozen')
-            for term in terms:
-                if not asked or term in asked:
-                    scored = term(seen.student, seen.teacher, seen.targets, None)
-                    scores[f'{term.name} on {name}'] = {f'{key}_{name}': value for key, value in scored.items()}
-                else:
-                    scores[f'{term.name} on {name}'] = {f'loss_kd_{term.name}_{name}': term.silence()}
-        return scores
-
-    def _observe_stream(self, batch: StreamBatch, terms: Sequence[Term], *, frozen: bool) -> Observation:
-        """Run both networks on a batch of a stream, without the losses of the task."""
-        teacher_taps = [tap for term in terms for tap in term.teacher_taps]
-        student_taps = list(dict.fromkeys([tap for term in terms for tap in term.student_taps]))
-        student_taps += [tap for tap in self._teacher.reads if tap not in student_taps]
-        norms = [m for m in self.student.modules() if frozen and m.training and isinstance(m, _BatchNorm)]
-        for module in norms:
-            module.training = False
-        try:
-            route = 'features' if all(map(in_features, student_taps)) else 'tensor'
-            capture = tapped_forward(
-                self.student, batch.inputs, batch.data_samples, student_taps, clone=self._clone, route=route
-            )
-        finally:
-            for module in norms:
-                module.training = True
-        teacher = self._teacher.observe(
-            batch.inputs, batch.data_samples, teacher_taps, student=capture.records, labelled=False
-        )
-        return Observation(capture, teacher, batch.targets, None)
 
     def set_progress(self, step: int, last: int) -> None:
         """Follow the training: the weight of the task, and what the teacher does by the number of the step.

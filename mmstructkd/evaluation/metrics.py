@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ['Metric', 'markdown_table', 'mean_and_std']
+__all__ = ['Metric', 'mean_and_std']
 
 
 @dataclass(frozen=True)
@@ -64,26 +64,3 @@ def mean_and_std(values: Sequence[float], digits: int = 2, *, signed: bool = Fal
     # plus 0.0: what rounds to zero has no minus
     mean = f'{round(statistics.mean(values), digits) + 0.0:{"+" if signed else ""}.{digits}f}'
     return mean if len(values) < 2 else f'{mean} ± {statistics.stdev(values):.{digits}f}'
-
-
-def markdown_table(rows: Sequence[Sequence[str]]) -> str:
-    """Lay cells out as a table of Markdown whose source is aligned as well.
-
-    Args:
-        rows: the first is the head; all of one length.
-
-    Returns:
-        The table, without a line break at its end.
-
-    Example:
-        >>> print(markdown_table([('', 'mIoU'), ('teacher', '54')]))
-        |         | mIoU |
-        | ------- | ---- |
-        | teacher | 54   |
-    """
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        '| ' + ' | '.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + ' |' for row in rows
-    ]
-    lines.insert(1, '| ' + ' | '.join('-' * width for width in widths) + ' |')
-    return '\n'.join(lines)

@@ -20,9 +20,10 @@ from mmengine.config import Config
 import mmstructkd
 from mmstructkd.evaluation.metrics import Metric
 from mmstructkd.evaluation.scalars import last_values, read_scalars, step_seconds
+from mmstructkd.files import write_whole
 from mmstructkd.teachers.loading import file_hash
 
-__all__ = ['Progress', 'Training', 'TrainingError', 'how_far', 'train', 'training_key']
+__all__ = ['Progress', 'Training', 'TrainingError', 'progress_text', 'train', 'training_key']
 
 SECONDS_BETWEEN_LINES = 15  # where the progress cannot be drawn over
 LAST_LINES = 25  # of the log of a training that failed
@@ -170,7 +171,7 @@ def train(
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
         try:
             while process.poll() is None:
-                progress.show(how_far(read_scalars(folder), total, time.monotonic() - begun))
+                progress.show(progress_text(read_scalars(folder), total, time.monotonic() - begun))
                 time.sleep(0.5)
         except BaseException:
             process.terminate()
@@ -191,7 +192,7 @@ def train(
         checkpoint=str(folder / f'iter_{total}.pth'),
         key=key,
     )
-    (folder / 'done.json').write_text(json.dumps(asdict(training), indent=1))
+    write_whole(folder / 'done.json', json.dumps(asdict(training), indent=1))
     progress.close(f'{_outcome(training, metrics)}, {training.wall_seconds:.0f} s')
     return training
 
@@ -221,7 +222,7 @@ def _cpu_seconds() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def how_far(entries: Sequence[Mapping[str, Any]], total: int, elapsed: float) -> str:
+def progress_text(entries: Sequence[Mapping[str, Any]], total: int, elapsed: float) -> str:
     """Put the state of a training into words.
 
     Args:

@@ -47,7 +47,7 @@ class FiniteLossHook(Hook):
                 iteration and term, and on whose side.
         """
         if isinstance(runner.optim_wrapper, DistillStep):
-            runner.optim_wrapper.settle()
+            runner.optim_wrapper.check_last_step()
             return
         losses = {name: float(torch.as_tensor(v).detach()) for name, v in (outputs or {}).items() if 'loss' in name}
         bad = [name for name, value in losses.items() if not math.isfinite(value) and name != 'loss']

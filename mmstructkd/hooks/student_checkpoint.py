@@ -16,9 +16,9 @@ from mmengine.model import is_model_wrapper
 from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner
 from torch.utils.data import DataLoader
 
-from mmstructkd.compat import advance_training_data, reseed_workers
 from mmstructkd.distillers.plain_config import plain_config
 from mmstructkd.registry import HOOKS
+from mmstructkd.resuming import advance_training_data, reseed_workers
 from mmstructkd.stream_states import Point, random_states, restore_random_states
 
 __all__ = ['KEY', 'StudentCheckpointHook', 'plain_values']
@@ -245,7 +245,7 @@ class StudentCheckpointHook(Hook):
         batches = data.get('batches', loop.iter if by_iter else 0)
         self._epoch_begin -= batches
         # A file of before these were kept tells the streams of the process alone.
-        placed = hasattr(loader, 'go_on_at') and ('data' in saved or not loader.num_workers)
+        placed = hasattr(loader, 'continue_at') and ('data' in saved or not loader.num_workers)
         if getattr(loop, 'fast_forward_on_resume', False) or not isinstance(
             loop, (EpochBasedTrainLoop, IterBasedTrainLoop)
         ):
@@ -253,7 +253,7 @@ class StudentCheckpointHook(Hook):
         elif by_iter and (not placed or _remembers(loader.dataset)):
             advance_training_data(loop, lambda iterator: self._reload(runner, iterator, batches))
         elif by_iter:
-            loader.go_on_at(self._point(loader, batches, next_pass=_next_pass(loop), arrived=self._arrive))
+            loader.continue_at(self._point(loader, batches, next_pass=_next_pass(loop), arrived=self._arrive))
             advance_training_data(loop, lambda iterator: None)
         else:
             self._enter_epoch(runner, batches if placed else 0)
@@ -302,13 +302,13 @@ class StudentCheckpointHook(Hook):
             run_iter = loop.run_iter
             # The loop counts what its dataloader gives.
             loop.run_iter = lambda idx, data_batch: run_iter(idx + batches, data_batch)
-            loader.go_on_at(self._point(loader, batches, arrived=self._arrive))
+            loader.continue_at(self._point(loader, batches, arrived=self._arrive))
             return
-        if getattr(loader, 'persistent_workers', False) and hasattr(loader, 'go_on_at'):
+        if getattr(loader, 'persistent_workers', False) and hasattr(loader, 'continue_at'):
             # Running workers begin an epoch without a random number, and the first of them makes its first batch.
             point = self._point(loader, 0, arrived=self._arrive)
             point.turn = 0
-            loader.go_on_at(point)
+            loader.continue_at(point)
         else:
             self._restore_at_epoch = True
 

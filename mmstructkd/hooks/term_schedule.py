@@ -44,7 +44,7 @@ class TermScheduleHook(Hook):
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
         for name, term in model.terms.items():
             _check_epochs(name, term, runner)
-            _check_counts(name, term, runner, model.teacher)
+            _check_schedule(name, term, runner, model.teacher)
         if any(getattr(term, 'by_class', False) for term in model.terms.values()):
             dataset = getattr(runner.train_dataloader, 'dataset', None)
             check_classes(model.terms.values(), names_of_dataset(dataset), model.teacher)
@@ -60,11 +60,11 @@ class TermScheduleHook(Hook):
         """
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
         model.set_progress(runner.iter, runner.max_iters)
-        asked = [(term, model.teacher.pace(runner.iter, term.teacher_taps)) for term in model.terms.values()]
+        asked = [(term, model.teacher.interval_factor(runner.iter, term.teacher_taps)) for term in model.terms.values()]
         # The teacher's own terms have the student in the teacher's place, which is always there.
         asked += [(term, 1.0) for term in model.teacher.terms.values()]
-        for term, pace in asked:
-            term.pace = pace
+        for term, factor in asked:
+            term.interval_factor = factor
             by_epoch = term.schedule.by_epoch
             step, last = (runner.epoch, runner.max_epochs) if by_epoch else (runner.iter, runner.max_iters)
             term.factor = term.schedule.factor(step, last)
@@ -104,14 +104,14 @@ def _check_epochs(name: str, term: Any, runner: Runner) -> None:
             )
 
 
-def _check_counts(name: str, term: Any, runner: Runner, teacher: Any) -> None:
+def _check_schedule(name: str, term: Any, runner: Runner, teacher: Any) -> None:
     """Refuse a schedule by which the term teaches nothing, which nobody would see."""
     schedule = term.schedule
     unit, last = ('epoch', runner.max_epochs) if schedule.by_epoch else ('iteration', runner.max_iters)
-    counts = (step for step in range(last) if schedule.factor(step, last) > 0)
+    active = (step for step in range(last) if schedule.factor(step, last) > 0)
     if not schedule.by_epoch:
-        counts = (step for step in counts if teacher.pace(step, term.teacher_taps) > 0)
-    if last < 1 or next(counts, None) is not None:
+        active = (step for step in active if teacher.interval_factor(step, term.teacher_taps) > 0)
+    if last < 1 or next(active, None) is not None:
         return
     owner = f'term {name!r}: `schedule`'
     if schedule.begin >= last:

@@ -3,7 +3,7 @@
 from mmstructkd.optim.autocast_wrapper import AutocastOptimWrapper
 from mmstructkd.optim.composite import CompositeOptimizer
 from mmstructkd.optim.constructor import DistillOptimWrapperConstructor, check_optimizer, for_distiller
-from mmstructkd.optim.step import DistillStep, extend
+from mmstructkd.optim.step import DistillStep, extend_wrapper
 
 __all__ = [
     'AutocastOptimWrapper',
@@ -11,6 +11,6 @@ __all__ = [
     'DistillOptimWrapperConstructor',
     'DistillStep',
     'check_optimizer',
-    'extend',
+    'extend_wrapper',
     'for_distiller',
 ]

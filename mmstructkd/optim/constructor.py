@@ -17,8 +17,8 @@ from torch.optim import Optimizer
 
 from mmstructkd.errors import ConfigError, check_count, shown
 from mmstructkd.optim.composite import CompositeOptimizer
-from mmstructkd.optim.step import DistillStep, extend
-from mmstructkd.optimizers import check_kinds, check_optimizer, check_registered, not_built
+from mmstructkd.optim.step import DistillStep, extend_wrapper
+from mmstructkd.optimizers import check_kinds, check_optimizer, check_registered, optimizer_refused
 from mmstructkd.registry import OPTIM_WRAPPER_CONSTRUCTORS
 
 __all__ = ['DistillOptimWrapperConstructor', 'check_optimizer', 'for_distiller']
@@ -96,7 +96,7 @@ class DistillOptimWrapperConstructor:
             owners.update({id(p): f'term {name!r}' for name, term in model.terms.items() for p in term.parameters()})
             parts = [build_optimizer(owners[id(params[0])], settings, params) for settings, params in own]
             wrapper.optimizer = CompositeOptimizer([wrapper.optimizer, *parts])
-        return extend(wrapper, model)
+        return extend_wrapper(wrapper, model)
 
     def _build_student(self, student: nn.Module) -> OptimWrapper:
         """What the base constructor makes of the plain model, with readable errors."""
@@ -174,7 +174,7 @@ def build_optimizer(owner: str, settings: Mapping[str, Any], params: list) -> Op
     try:
         return OPTIMIZERS.build({**settings, 'params': params})
     except (TypeError, ValueError, KeyError, AssertionError) as err:
-        raise not_built(owner, settings, err) from err
+        raise optimizer_refused(owner, settings, err) from err
 
 
 def for_distiller(settings: Any, model: nn.Module) -> Any:
@@ -237,4 +237,4 @@ def _adopted(wrapper: OptimWrapper, model: nn.Module) -> OptimWrapper:
                     f'term {name!r}: its own `optimizer` must be built with the rest, got an optim_wrapper that is '
                     'built already. Give optim_wrapper as a config.'
                 )
-    return extend(wrapper, model)
+    return extend_wrapper(wrapper, model)

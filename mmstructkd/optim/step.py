@@ -1,7 +1,7 @@
 """The step of a distiller: each part clipped by its own norm, idle parts at rest, nothing taken that is not finite.
 
-:func:`extend` gives it to any optim wrapper of mmengine, so that precision, scaling and accumulation stay those of the
-wrapper that the config names.
+:func:`extend_wrapper` gives it to any optim wrapper of mmengine, so that precision, scaling and accumulation stay those
+of the wrapper that the config names.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 
 from mmstructkd.errors import ConfigError
 
-__all__ = ['DistillStep', 'Slot', 'extend']
+__all__ = ['DistillStep', 'Slot', 'extend_wrapper']
 
 STUDENT = 'student.'
 TERMS = 'terms.'
@@ -58,7 +58,7 @@ class _Unheard:
 
 
 class DistillStep(OptimWrapper):
-    """What a distiller adds to an optim wrapper; see :func:`extend`.
+    """What a distiller adds to an optim wrapper; see :func:`extend_wrapper`.
 
     - **Clipping.** The student is clipped by its own norm, as in plain training,
       which is what ``train/grad_norm`` logs; what a term trains, and each
@@ -70,13 +70,13 @@ class DistillStep(OptimWrapper):
     - **Finite.** Losses, gradients and running statistics are looked at before
       each update, in all processes together. On a CPU an error is raised at once.
       Elsewhere the host does not wait: the gradients of a bad step become 0 on
-      the device, and :meth:`settle` reads the verdict where the losses are read
+      the device, and :meth:`check_last_step` reads the verdict where the losses are read
       anyway. A gradient scaler goes on skipping steps that overflow, until
       nothing but skipping is left.
     """
 
     def attach(self, model: nn.Module) -> None:
-        """Learn what belongs to whom. Called once, by :func:`extend`.
+        """Learn what belongs to whom. Called once, by :func:`extend_wrapper`.
 
         Args:
             model: the distiller, without a wrapper.
@@ -178,7 +178,7 @@ class DistillStep(OptimWrapper):
             FloatingPointError: on a CPU, at once, if something is not finite;
                 elsewhere if it was so in the step before and nobody has asked.
         """
-        self.settle()
+        self.check_last_step()
         super().backward(loss, **kwargs)
         self._examine(loss.detach())
 
@@ -210,14 +210,14 @@ class DistillStep(OptimWrapper):
             self._skipped = (before + 1) * bad[1]
         self._pending = _Verdict(bad, self._skipped, [slot for slot, _ in held], norms, [n for n, _ in moving], peaks)
         if _free_to_read(bad):
-            self.settle()
+            self.check_last_step()
         elif not self._skips:
             spoilt = bad.amax() > 0
             for grad in grads:
                 # a product would leave nan
                 grad.masked_fill_(spoilt, 0)
 
-    def settle(self) -> None:
+    def check_last_step(self) -> None:
         """Read the verdict over the last step, once.
 
         Raises:
@@ -244,7 +244,7 @@ class DistillStep(OptimWrapper):
 
     def _report(self, verdict: _Verdict, reason: str) -> str:
         """Write what is wrong, as the processes that know most about it see it."""
-        gradients, buffers = verdict.ailing()
+        gradients, buffers = verdict.not_finite_parts()
         record = self._model.last_step
         alone = get_world_size() == 1
         finite = record is not None and all(bool(v.isfinite().all()) for v in record.losses.values())
@@ -312,7 +312,7 @@ class _Verdict:
         skipped = torch.zeros_like(self.bad[:1]) if self.skipped is None else self.skipped.view(1)
         return [float(number) for number in torch.cat([self.bad, skipped]).tolist()]
 
-    def ailing(self) -> tuple[dict[str, str], dict[str, str]]:
+    def not_finite_parts(self) -> tuple[dict[str, str], dict[str, str]]:
         """Gradients and buffers that are not finite, each with ``'nan'`` or ``'inf'``."""
         gradients, buffers = (
             {name: str(v) for name, v in zip(names, values.tolist(), strict=True) if abs(v) == float('inf') or v != v}
@@ -321,7 +321,7 @@ class _Verdict:
         return gradients, buffers
 
 
-def extend(wrapper: OptimWrapper, model: nn.Module) -> OptimWrapper:
+def extend_wrapper(wrapper: OptimWrapper, model: nn.Module) -> OptimWrapper:
     """Give a built optim wrapper the step of a distiller.
 
     Its class becomes a subclass of :class:`DistillStep` and of what it was, in

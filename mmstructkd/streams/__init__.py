@@ -6,6 +6,7 @@ from mmstructkd.streams.data import DataStream
 from mmstructkd.streams.mixed import MixedStream
 from mmstructkd.streams.preprocessing import StreamPreprocessor
 from mmstructkd.streams.scaled import ScaledStream
+from mmstructkd.streams.stream_set import StreamSet, TrainingBatch
 from mmstructkd.streams.turned import TurnedStream
 
 __all__ = [
@@ -16,6 +17,8 @@ __all__ = [
     'Stream',
     'StreamBatch',
     'StreamPreprocessor',
+    'StreamSet',
+    'TrainingBatch',
     'TurnedStream',
     'build_streams',
 ]

@@ -9,6 +9,7 @@ from mmstructkd.taps.forward import (
     run_tapped,
     tapped_forward,
 )
+from mmstructkd.taps.observation import Observation
 from mmstructkd.taps.points import Sampled, in_point_head, recorded_points, with_points
 from mmstructkd.taps.regions import (
     RegionRecorder,
@@ -25,6 +26,7 @@ __all__ = [
     'Capture',
     'ForwardFailed',
     'ForwardStopped',
+    'Observation',
     'RegionRecorder',
     'Regions',
     'Sampled',

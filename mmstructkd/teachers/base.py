@@ -13,13 +13,13 @@ from mmstructkd.structures import Targets
 from mmstructkd.taps import Capture, Regions, Tap
 from mmstructkd.tasks.targets import head_of, num_classes_of
 
-__all__ = ['Records', 'Shown', 'TeacherSource']
+__all__ = ['ProbedTensors', 'Records', 'TeacherSource']
 
 Records = Mapping[Tap, list[Tensor]]
 
 
 @dataclass
-class Shown:
+class ProbedTensors:
     """What a source of several networks showed in a probe, in the form of a :class:`~mmstructkd.taps.Capture`.
 
     Attributes:
@@ -83,7 +83,7 @@ class TeacherSource(ABC):
         student: Records | None = None,
         targets: Targets | None = None,
         regions: Regions | None = None,
-    ) -> Capture | Shown:
+    ) -> Capture | ProbedTensors:
         """Run once on a small input, plan later runs by it, and build what depends on sizes.
 
         Args:
@@ -159,7 +159,7 @@ class TeacherSource(ABC):
         """
         return
 
-    def pace(self, step: int, taps: Iterable[Tap] = ()) -> float:
+    def interval_factor(self, step: int, taps: Iterable[Tap] = ()) -> float:
         """Factor of the terms on some taps at a step: 0 where the teacher is not asked.
 
         Args:
@@ -174,6 +174,10 @@ class TeacherSource(ABC):
     def without_cache(self) -> None:
         """Keep no outputs from now on: for whoever tries a batch, or measures what the teacher costs."""
         return
+
+    def held_networks(self) -> list[nn.Module]:
+        """Every network that it keeps in memory, copies in another precision included."""
+        return [] if self.network is None else [self.network]
 
     def report(self) -> list[str]:
         """What to log when the training ends, a line each."""

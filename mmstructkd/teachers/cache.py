@@ -13,7 +13,6 @@ import torch
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
-from mmstructkd.compat import pad_value, swaps_channels
 from mmstructkd.errors import (
     CheckpointError,
     ConfigError,
@@ -24,8 +23,8 @@ from mmstructkd.errors import (
     suggest,
 )
 from mmstructkd.taps import Tap
-from mmstructkd.teachers.normalization import inner_preprocessor, pad_divisor
-from mmstructkd.teachers.tap_store import DTYPES, Narrow, TapStore, narrow, widen
+from mmstructkd.teachers.normalization import inner_preprocessor, pad_divisor, pad_value, swaps_channels
+from mmstructkd.teachers.tap_store import DTYPES, PackedTensor, TapStore, pack_tensor, unpack_tensor
 
 __all__ = ['VIEW', 'TeacherCache', 'hash_of', 'preprocessing', 'unrepeatable_steps', 'weights_hash']
 
@@ -36,7 +35,7 @@ SAMPLE = ('img_path', 'img_id', 'sample_idx')
 
 Records = dict[Tap, list[Tensor]]
 Run = Callable[[Tensor, Sequence[Any] | None], Records]
-Entry = dict[Tap, list[Narrow]]
+Entry = dict[Tap, list[PackedTensor]]
 Shapes = list[tuple[int, ...]]
 
 # Steps that give the same result each time. All that load or pack do.
@@ -342,7 +341,7 @@ class TeacherCache:
             for place in places:
                 row, entry = rows.index(place), {}
                 for tap in taps:
-                    parts = [self._narrow(tensor[row : row + 1], tap, len(rows), tensor) for tensor in live[tap]]
+                    parts = [self._pack(tensor[row : row + 1], tap, len(rows), tensor) for tensor in live[tap]]
                     self.store.write(keys[place][tap], parts, {**abouts[place], 'tap': str(tap)})
                     entry[tap] = parts
                 found[place] = entry
@@ -374,7 +373,7 @@ class TeacherCache:
         """The tensors of a batch, from those of its images."""
         return {
             tap: [
-                torch.cat([widen(part, device) for part in parts])
+                torch.cat([unpack_tensor(part, device) for part in parts])
                 for parts in zip(*(entry[tap] for entry in found if entry is not None), strict=True)
             ]
             for tap in taps
@@ -388,13 +387,13 @@ class TeacherCache:
     def _form(self, tap: Tap) -> list[Any]:
         return [self.dtype, self.topk.get(tap)]
 
-    def _narrow(self, part: Tensor, tap: Tap, images: int, tensor: Tensor) -> Narrow:
+    def _pack(self, part: Tensor, tap: Tap, images: int, tensor: Tensor) -> PackedTensor:
         if tensor.shape[0] != images:
             raise ConfigError(
                 f'FrozenTeacher: `cache` must keep one tensor an image, got {tuple(tensor.shape)} of {images} images '
                 f'at tap {str(tap)!r}. Leave the cache out.'
             )
-        return narrow(part, self.dtype, self.topk.get(tap))
+        return pack_tensor(part, self.dtype, self.topk.get(tap))
 
     def _read(self, keys: Mapping[Tap, str], size: tuple[int, ...]) -> Entry | None:
         """All taps of an image, or nothing."""

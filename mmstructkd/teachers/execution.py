@@ -104,6 +104,11 @@ class Execution:
         return Execution(dtype=self.dtype, channels_last=self.channels_last, compiled=self.compiled)
 
     @property
+    def cast_network(self) -> nn.Module | None:
+        """The copy of the network whose weights were cast; ``None``: there is none yet."""
+        return self._cast
+
+    @property
     def low(self) -> torch.dtype | None:
         """The dtype of half the width, where there is one."""
         return DTYPES[self.dtype] if self.dtype in ('bf16', 'fp16') else None

@@ -392,7 +392,7 @@ class FrozenTeacher(TeacherSource):
         self.network._apply(function)
         self._execution = self._execution.renewed()
 
-    def pace(self, step: int, taps: Iterable[Tap] = ()) -> float:
+    def interval_factor(self, step: int, taps: Iterable[Tap] = ()) -> float:
         """``every`` at each step that is a multiple of it, else 0; the random stream is that of this step.
 
         Args:
@@ -408,6 +408,16 @@ class FrozenTeacher(TeacherSource):
     def without_cache(self) -> None:
         """Run for each batch from now on, and write nothing."""
         self.cache = None
+
+    def held_networks(self) -> list[nn.Module]:
+        """Its network, and the copy that was cast for ``dtype``, once there is one."""
+        cast = self._execution.cast_network
+        return [self.network] if cast is None else [self.network, cast]
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether it runs compiled; no longer where compiling has failed."""
+        return self._execution.compiled
 
     def report(self) -> list[str]:
         """What the cache gave, if there is one."""

@@ -13,7 +13,7 @@ from mmstructkd.errors import ConfigError, TapError, suggest
 from mmstructkd.registry import MODELS
 from mmstructkd.structures import Targets
 from mmstructkd.taps import Regions, Tap
-from mmstructkd.teachers.base import Records, Shown, TeacherSource
+from mmstructkd.teachers.base import ProbedTensors, Records, TeacherSource
 from mmstructkd.teachers.building import build_source
 from mmstructkd.teachers.mean import TeacherMean
 
@@ -25,7 +25,7 @@ class TeacherGroup(TeacherSource):
     """Teachers by name; a tap begins with the name: ``'big.decode_head.conv_seg'``.
 
     ``teachers=dict(big=dict(...), ema=dict(...))`` of a distiller builds one. Each
-    member keeps its own normalisation, options, pace and objectives; one term per
+    member keeps its own normalisation, options, interval (`every`) and objectives; one term per
     teacher, each with a connector of its own, is the form of SimReg (a head for
     each teacher). :class:`TeacherMean` as a member shows the weighted mean of
     others.
@@ -140,7 +140,7 @@ class TeacherGroup(TeacherSource):
         student: Records | None = None,
         targets: Targets | None = None,
         regions: Regions | None = None,
-    ) -> Shown:
+    ) -> ProbedTensors:
         """Probe each member."""
         parts = self._split(taps)
         passes: dict[Tap, int] = {}
@@ -158,7 +158,7 @@ class TeacherGroup(TeacherSource):
         self._link()
         for tap, tensors in found.items():
             passes.setdefault(tap, len(tensors))
-        return Shown(found, passes, any(partial))
+        return ProbedTensors(found, passes, any(partial))
 
     def observe(
         self,
@@ -201,25 +201,30 @@ class TeacherGroup(TeacherSource):
         for member in self.members.values():
             member.after_step(student)
 
-    def pace(self, step: int, taps: Iterable[Tap] = ()) -> float:
-        """That of the member that is tapped; several in one term must keep one pace."""
+    def interval_factor(self, step: int, taps: Iterable[Tap] = ()) -> float:
+        """That of the member that is tapped; several in one term must have one."""
         asked: dict[str, list[Tap]] = {}
         for tap in taps:
             name, own = self.member_of(tap)
             member = self.members[name]
             for other in member.weights if isinstance(member, TeacherMean) else (name,):
                 asked.setdefault(other, []).append(own)
-        paces = {self.members[name].pace(step, own) for name, own in asked.items()}
-        if len(paces) > 1:
+        factors = {self.members[name].interval_factor(step, own) for name, own in asked.items()}
+        if len(factors) > 1:
             raise ConfigError(
                 f'{type(self).__name__}: teachers that one term taps must have the same `every`, got {sorted(asked)}.'
             )
-        return paces.pop() if paces else 1.0
+        return factors.pop() if factors else 1.0
 
     def without_cache(self) -> None:
         """Tell each member."""
         for member in self.members.values():
             member.without_cache()
+
+    def held_networks(self) -> list[nn.Module]:
+        """Those of all members, each once."""
+        found = {id(one): one for member in self.members.values() for one in member.held_networks()}
+        return list(found.values())
 
     def report(self) -> list[str]:
         """Those of all members, each with its name."""

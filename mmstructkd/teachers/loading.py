@@ -21,7 +21,15 @@ from mmstructkd.errors import CheckpointError, ConfigError
 from mmstructkd.registry import build_part
 from mmstructkd.weights import check_values, describe_mismatch, take_prefix, tensors_in
 
-__all__ = ['build_network', 'file_hash', 'init_without_weights', 'load_student', 'load_weights', 'student_config']
+__all__ = [
+    'build_network',
+    'drop_pretrained',
+    'file_hash',
+    'init_without_weights',
+    'load_student',
+    'load_weights',
+    'student_config',
+]
 
 DISTILLER = 'mmstructkd.StructuredDistiller'
 
@@ -140,7 +148,7 @@ def model_config(config: str | Mapping[str, Any], owner: str, *, pretrained: boo
     if scope is not None:
         model.setdefault('_scope_', scope)
     if not pretrained:
-        _drop_pretrained(model)
+        drop_pretrained(model)
     return model
 
 
@@ -162,7 +170,7 @@ def init_without_weights(network: nn.Module, *, level: int = logging.WARNING) ->
         )
 
 
-def _drop_pretrained(config: Any) -> None:
+def drop_pretrained(config: Any) -> None:
     """Remove what would load other weights first: the checkpoint gives them all."""
     if isinstance(config, dict):
         config.pop('pretrained', None)
@@ -175,10 +183,10 @@ def _drop_pretrained(config: Any) -> None:
         elif several:
             config['init_cfg'] = kept
         for value in config.values():
-            _drop_pretrained(value)
+            drop_pretrained(value)
     elif isinstance(config, (list, tuple)):
         for value in config:
-            _drop_pretrained(value)
+            drop_pretrained(value)
 
 
 def _names_weights(init: Any) -> bool:

@@ -13,7 +13,7 @@ from mmstructkd.functional.score_fusion import CONFIDENCES, FUSED, fuse_scores
 from mmstructkd.registry import MODELS
 from mmstructkd.structures import Targets
 from mmstructkd.taps import Regions, Tap
-from mmstructkd.teachers.base import Records, Shown, TeacherSource
+from mmstructkd.teachers.base import ProbedTensors, Records, TeacherSource
 
 __all__ = ['TeacherMean']
 
@@ -139,7 +139,7 @@ class TeacherMean(TeacherSource):
         student: Records | None = None,
         targets: Targets | None = None,
         regions: Regions | None = None,
-    ) -> Shown:
+    ) -> ProbedTensors:
         """The group calls :meth:`mean` instead."""
         raise ConfigError(f'{type(self).__name__}: it must be asked through its group, got a call of its own.')
 

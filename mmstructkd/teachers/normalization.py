@@ -12,12 +12,19 @@ from mmengine.structures import BaseDataElement
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from mmstructkd.compat import pad_value, swaps_channels
 from mmstructkd.errors import ConfigError
 from mmstructkd.taps import Tap, in_region_head
 from mmstructkd.tasks.area import valid_area
 
-__all__ = ['InputConversion', 'check_network', 'cover_input', 'inner_preprocessor', 'pad_divisor']
+__all__ = [
+    'InputConversion',
+    'check_network',
+    'cover_input',
+    'inner_preprocessor',
+    'pad_divisor',
+    'pad_value',
+    'swaps_channels',
+]
 
 # Whose forward is known to be (channel order) -> (x - mean) / std -> pad. All others are tried.
 KNOWN = ('BaseDataPreprocessor', 'ImgDataPreprocessor', 'SegDataPreProcessor', 'DetDataPreprocessor')
@@ -37,6 +44,24 @@ def inner_preprocessor(preprocessor: nn.Module) -> nn.Module:
     """
     inner = getattr(preprocessor, 'data_preprocessor', None)
     return inner_preprocessor(inner) if isinstance(inner, nn.Module) else preprocessor
+
+
+def swaps_channels(preprocessor: nn.Module) -> bool:
+    """Tell whether a data preprocessor turns BGR into RGB (or back).
+
+    mmengine and mmdet keep it in ``_channel_conversion``, and so does mmseg of
+    the onedl line; mmseg of the openmmlab line keeps it in ``channel_conversion``.
+    """
+    private = getattr(preprocessor, '_channel_conversion', False)
+    return bool(getattr(preprocessor, 'channel_conversion', private))
+
+
+def pad_value(preprocessor: nn.Module) -> float:
+    """Return what a data preprocessor pads with, after normalisation.
+
+    mmseg pads with its ``pad_val`` on both lines, mmengine and mmdet with ``pad_value``.
+    """
+    return float(getattr(preprocessor, 'pad_val', getattr(preprocessor, 'pad_value', 0)))
 
 
 def pad_divisor(preprocessor: nn.Module) -> int:

@@ -17,7 +17,7 @@ from mmstructkd.teachers.base import Records
 from mmstructkd.teachers.loading import build_network, load_weights
 from mmstructkd.teachers.normalization import InputConversion
 from mmstructkd.teachers.trained import TrainedTeacher
-from mmstructkd.terms.term import parse_terms
+from mmstructkd.terms import ProbedNetworks, fit_to_probe, parse_terms
 
 __all__ = ['PeerTeacher']
 
@@ -127,16 +127,17 @@ class PeerTeacher(TrainedTeacher):
         some = probe_regions(len(inputs), tuple(inputs.shape[-2:]))
         classes = (num_classes_of(head_of(self.network)), num_classes_of(head_of(self._student[0])))
         for term in self.terms.values():
-            term.bind(
-                capture.records,
-                student or {},
-                classes,
-                targets or Targets(),
-                some,
-                self._student[0],
-                self.network,
-                False,  # the student learns in this training
+            probed = ProbedNetworks(
+                student=capture.records,
+                teacher=student or {},
+                classes=classes,
+                targets=targets or Targets(),
+                regions=some,
+                student_network=self.network,
+                teacher_network=self._student[0],
+                teacher_learned=False,  # the student learns in this training
             )
+            fit_to_probe(term, probed)
         return capture
 
     def observe(

@@ -1,4 +1,4 @@
-"""Tapped tensors of single images in files: whole or absent, narrow, bounded, without pickle.
+"""Tapped tensors of single images in files: whole or absent, packed, bounded, without pickle.
 
 A file holds a line of JSON (what it is, how its arrays are stored, a checksum of
 that and of the arrays) and the bytes of the arrays. What a file says of itself
@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import stat
 import tempfile
 import time
@@ -26,8 +25,9 @@ from mmengine.logging import print_log
 from torch import Tensor
 
 from mmstructkd.errors import ConfigError, is_count
+from mmstructkd.files import write_whole
 
-__all__ = ['Narrow', 'TapStore', 'narrow', 'widen']
+__all__ = ['PackedTensor', 'TapStore', 'pack_tensor', 'unpack_tensor']
 
 MAGIC = b'mmstructkd tap 2\n'
 DTYPES = {'fp32': torch.float32, 'fp16': torch.float16, 'bf16': torch.bfloat16}
@@ -40,7 +40,7 @@ _ABANDONED = 24 * 3600.0  # seconds after which half a file is nobody's
 
 
 @dataclass(frozen=True)
-class Narrow:
+class PackedTensor:
     """A tensor of one image as it is stored.
 
     Attributes:
@@ -56,7 +56,7 @@ class Narrow:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the tensor that :func:`widen` gives."""
+        """Shape of the tensor that :func:`unpack_tensor` gives."""
         stored = tuple(self.arrays[0].shape)
         return (stored[0], self.classes, *stored[2:]) if self.classes else stored
 
@@ -71,10 +71,10 @@ class Narrow:
         return self.arrays[0].shape[1] if self.classes else None
 
     def check(self) -> None:
-        """Find out whether :func:`widen` can be trusted with this.
+        """Find out whether :func:`unpack_tensor` can be trusted with this.
 
         Raises:
-            ValueError: it was not made by :func:`narrow`.
+            ValueError: it was not made by :func:`pack_tensor`.
         """
         values, *others = self.arrays
         if not (math.isfinite(self.scale) and self.scale >= 1 and math.frexp(self.scale)[0] == 0.5):
@@ -94,7 +94,7 @@ class Narrow:
             raise ValueError('places')
 
 
-def narrow(tensor: Tensor, dtype: str, topk: int | None = None) -> Narrow:
+def pack_tensor(tensor: Tensor, dtype: str, topk: int | None = None) -> PackedTensor:
     """Bring a tensor into the form in which it is stored.
 
     Args:
@@ -124,15 +124,15 @@ def narrow(tensor: Tensor, dtype: str, topk: int | None = None) -> Narrow:
     cast = [(part / scale).to(DTYPES[dtype]) for part in kept]
     if classes:
         index = torch.uint8 if classes <= 2**8 else torch.int16 if classes <= 2**15 else torch.int32
-        return Narrow((cast[0], places.to(index), cast[1]), scale, classes)
-    return Narrow((cast[0],), scale)
+        return PackedTensor((cast[0], places.to(index), cast[1]), scale, classes)
+    return PackedTensor((cast[0],), scale)
 
 
-def widen(stored: Narrow, device: torch.device) -> Tensor:
+def unpack_tensor(stored: PackedTensor, device: torch.device) -> Tensor:
     """Bring what is stored back, to float32 on a device.
 
     Args:
-        stored: from :func:`narrow` or a file.
+        stored: from :func:`pack_tensor` or a file.
         device: where the tensor is wanted.
 
     Returns:
@@ -146,7 +146,7 @@ def widen(stored: Narrow, device: torch.device) -> Tensor:
     return rest.scatter(1, arrays[1].long(), values)
 
 
-def _pack(tensors: Sequence[Narrow], about: Mapping[str, Any]) -> bytes:
+def _pack(tensors: Sequence[PackedTensor], about: Mapping[str, Any]) -> bytes:
     """The content of a file."""
     described, chunks = [], []
     for stored in tensors:
@@ -174,7 +174,7 @@ def _whole(value: Any, least: int) -> int:
     return value
 
 
-def _unpack(content: bytearray) -> list[Narrow]:
+def _unpack(content: bytearray) -> list[PackedTensor]:
     """The tensors of a file; an exception where it is not whole, or no file of this kind."""
     if not content.startswith(MAGIC):
         raise ValueError('no such file')
@@ -202,7 +202,7 @@ def _unpack(content: bytearray) -> list[Narrow]:
             raw = torch.frombuffer(body, dtype=torch.uint8, count=size, offset=start)
             arrays.append(raw.clone().view(_RAW[name]).view(shape))
             start += size
-        tensors.append(Narrow(tuple(arrays), float(scale), classes))
+        tensors.append(PackedTensor(tuple(arrays), float(scale), classes))
         tensors[-1].check()
     if start != len(body) or not tensors:
         raise ValueError('bytes')
@@ -214,7 +214,7 @@ class TapStore:
 
     A file is written beside its name and renamed when it is whole; one that was
     damaged later is found by its checksum and counts as absent, and so does one
-    whose checksum is right and whose content :func:`narrow` never made. When the folder
+    whose checksum is right and whose content :func:`pack_tensor` never made. When the folder
     is full nothing more is written, and what is there stays: training passes
     through its samples in rounds, so that throwing out the oldest would throw
     out each file just before its turn.
@@ -245,7 +245,7 @@ class TapStore:
         """Where the file of a key is."""
         return self.folder / key[:2] / f'{key}.tap'
 
-    def read(self, key: str) -> list[Narrow] | None:
+    def read(self, key: str) -> list[PackedTensor] | None:
         """Return the tensors of a key; ``None`` where there is no whole file.
 
         Args:
@@ -270,7 +270,7 @@ class TapStore:
                 path.unlink()
             return None
 
-    def write(self, key: str, tensors: Sequence[Narrow], about: Mapping[str, Any]) -> bool:
+    def write(self, key: str, tensors: Sequence[PackedTensor], about: Mapping[str, Any]) -> bool:
         """Keep the tensors of a key, if there is room.
 
         Args:
@@ -286,19 +286,10 @@ class TapStore:
         content = _pack(tensors, about)
         if not self._take(len(content)):
             return False
-        path = self.path(key)
-        part = None
         try:
-            path.parent.mkdir(exist_ok=True)
-            handle, part = tempfile.mkstemp(prefix=key[:8], suffix='.part', dir=path.parent)
-            with os.fdopen(handle, 'wb') as file:
-                file.write(content)
-            Path(part).replace(path)
+            write_whole(self.path(key), content)
         except OSError as err:
             self._stop(f'{type(err).__name__}: {err}')
-            if part is not None:
-                with contextlib.suppress(OSError):
-                    Path(part).unlink()
             return False
         return True
 

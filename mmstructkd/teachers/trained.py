@@ -15,7 +15,7 @@ from mmstructkd.randomness import own_stream
 from mmstructkd.structures import Targets
 from mmstructkd.taps import Capture, Regions, Tap, find_route, in_features, in_region_head, tapped_forward
 from mmstructkd.teachers.base import Records, TeacherSource
-from mmstructkd.terms.schedule import WeightSchedule
+from mmstructkd.terms import WeightSchedule
 
 __all__ = ['TrainedTeacher', 'scale_losses']
 

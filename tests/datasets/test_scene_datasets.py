@@ -244,7 +244,7 @@ def test_pipeline_reads_files_too(tmp_path: Path) -> None:
     ('arguments', 'message'),
     [
         (dict(split='training'), r"SceneSegDataset: `split` must be one of .*, got 'training'. Did you mean 'train'"),
-        (dict(num_scenes=0), r'SceneSegDataset: `num_scenes` must be an integer in 1..1000000, got 0'),
+        (dict(num_scenes=0), r'SceneSegDataset: `num_scenes` must be an integer of at least 1, got 0'),
         (dict(size=(8, 8)), r'`size\[0\]` must be an integer of at least 16, got 8'),
     ],
 )

@@ -29,6 +29,7 @@ from mmstructkd.losses import (
 from mmstructkd.registry import MODELS
 from mmstructkd.structures import Targets
 from mmstructkd.teachers.frozen import TeacherSource
+from mmstructkd.terms import building as term_building
 from mmstructkd.terms import term as term_module
 from mmstructkd.terms.depth_order import check_depth_order, depth_order
 from mmstructkd.testing import toy_config, toy_depth_estimator, toy_distiller
@@ -117,7 +118,7 @@ def test_the_first_step_names_term_and_key(loss: str, says: str) -> None:
 def test_metres_of_any_scale_pass(loss: str, says: str) -> None:
     model = MODELS.build(config(says, loss))
     assert step(model).isfinite()
-    assert model.terms['metres']._looks == 0
+    assert model.terms['metres'].depth_checks_left == 0
 
 
 @pytest.mark.parametrize('loss', LOSSES)
@@ -287,7 +288,9 @@ def test_heads_that_say_so_are_believed_at_build(head: nn.Module) -> None:
 
 def test_other_ranges_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     logged: list[tuple[int, str]] = []
-    monkeypatch.setattr(term_module, 'print_log', lambda text, logger, level=logging.INFO: logged.append((level, text)))
+    monkeypatch.setattr(
+        term_building, 'print_log', lambda text, logger, level=logging.INFO: logged.append((level, text))
+    )
 
     def build(near: float, far: float, **loss) -> list[str]:
         logged.clear()

@@ -15,11 +15,11 @@ from mmengine.runner import Runner
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from mmstructkd.compat import alone, config_at_hand
 from mmstructkd.distillers import StructuredDistiller
-from mmstructkd.distillers.probing import probe_sizes, probe_student
+from mmstructkd.distillers.probing import as_one_process, probe_sizes, probe_student
 from mmstructkd.errors import ConfigError, TapError
 from mmstructkd.registry import MODELS
+from mmstructkd.run_config import config_at_hand
 from mmstructkd.taps import Tap
 from mmstructkd.tasks.batches import fixed_size, pipeline_size, synthetic_batch, training_info
 from mmstructkd.teachers import loading
@@ -581,7 +581,7 @@ def test_alone_hides_the_other_processes() -> None:
     asked = torch.distributed.is_initialized
     torch.distributed.is_initialized = lambda: True
     try:
-        with alone():
+        with as_one_process():
             assert not torch.distributed.is_initialized()
         assert torch.distributed.is_initialized()
     finally:

@@ -27,7 +27,7 @@ from mmstructkd.registry import MODELS
 from mmstructkd.taps import Tap
 from mmstructkd.teachers.cache import TeacherCache
 from mmstructkd.teachers.loading import build_network
-from mmstructkd.teachers.tap_store import MAGIC, Narrow, TapStore, narrow, widen
+from mmstructkd.teachers.tap_store import MAGIC, PackedTensor, TapStore, pack_tensor, unpack_tensor
 from mmstructkd.testing import toy_batch, toy_config, toy_detector, toy_distiller, toy_segmentor, toy_terms
 
 LOGITS, FEATURE = Tap.parse('decode_head.conv_seg'), Tap.parse('backbone[*]')
@@ -333,7 +333,7 @@ def test_classes_that_do_not_exist_are_absent(place: int, weights: str, folder: 
     (stored,) = teacher.cache.store.read(path.stem)
     places = stored.arrays[1].to(torch.int16)
     places[0, 0, 0, 0] = place
-    crafted = Narrow((stored.arrays[0], places, stored.arrays[2]), stored.scale, stored.classes)
+    crafted = PackedTensor((stored.arrays[0], places, stored.arrays[2]), stored.scale, stored.classes)
     teacher.cache.store.write(path.stem, [crafted], {})
     with runs(teacher) as seen:
         assert torch.equal(show(teacher, batch('a'), taps=(LOGITS,))[0], expected)
@@ -351,13 +351,17 @@ def test_whole_files_of_other_shapes_are_absent(
     expected = show(teacher, batch('a', 'b'), taps=(LOGITS,))[0]
     assert expected.shape == (2, 10, 6, 8)
     path = files(folder)[0]
-    teacher.cache.store.write(path.stem, [Narrow((torch.zeros(shape).half(),))], {})
+    teacher.cache.store.write(path.stem, [PackedTensor((torch.zeros(shape).half(),))], {})
     teacher = teacher if known else build(weights, folder)
     with runs(teacher) as seen:
         assert torch.equal(show(teacher, batch('a', 'b'), taps=(LOGITS,))[0], expected)
         show(teacher, batch('a', 'b'), taps=(LOGITS,))
     assert seen in ([1], [2])  # where two files differ neither is believed
-    for stored in ([], [narrow(torch.zeros(1, 10, 6, 8), 'fp16')] * 2, [narrow(torch.zeros(1, 10, 6, 8), 'fp32')]):
+    for stored in (
+        [],
+        [pack_tensor(torch.zeros(1, 10, 6, 8), 'fp16')] * 2,
+        [pack_tensor(torch.zeros(1, 10, 6, 8), 'fp32')],
+    ):
         teacher.cache.store.write(path.stem, stored, {})
         assert torch.equal(show(teacher, batch('a', 'b'), taps=(LOGITS,))[0], expected)
 
@@ -368,7 +372,7 @@ def plausible(weights: str, folder: Path, *names: str) -> FrozenTeacher:
     fresh = build(weights, folder)
     fresh.probe(torch.zeros(1, 3, 16, 24), None, [LOGITS, FEATURE])
     for path in files(folder):
-        fresh.cache.store.write(path.stem, [narrow(torch.zeros(1, 10, 6, 8), 'fp16')], {})
+        fresh.cache.store.write(path.stem, [pack_tensor(torch.zeros(1, 10, 6, 8), 'fp16')], {})
     return fresh
 
 
@@ -420,10 +424,10 @@ def test_any_number_of_classes(classes: int, folder: Path) -> None:
     logits = torch.randn(1, classes, 2, 3)
     logits[:, -1] = 9.0
     store = TapStore(str(folder), 1.0)
-    store.write('ab' * 20, [narrow(logits, 'fp32', topk=2)], {})
+    store.write('ab' * 20, [pack_tensor(logits, 'fp32', topk=2)], {})
     (stored,) = store.read('ab' * 20)
     assert stored.shape == (1, classes, 2, 3)
-    assert torch.equal(widen(stored, CPU).topk(2, dim=1).indices, logits.topk(2, dim=1).indices)
+    assert torch.equal(unpack_tensor(stored, CPU).topk(2, dim=1).indices, logits.topk(2, dim=1).indices)
 
 
 class Payload:
@@ -442,7 +446,7 @@ def test_a_crash_leaves_no_half_file(weights: str, folder: Path, monkeypatch: py
     with pytest.raises(KeyboardInterrupt):
         show(teacher, batch('a'))
     monkeypatch.undo()
-    assert [path.suffix for path in files(folder)] == ['.part']
+    assert not files(folder)
     with runs(teacher) as seen:
         show(teacher, batch('a'))
     assert seen == [1]
@@ -466,7 +470,7 @@ def test_the_folder_stays_within_its_bound(weights: str, folder: Path, monkeypat
         path.unlink()
     monkeypatch.setattr('mmstructkd.teachers.tap_store.get_dist_info', lambda: (0, 2))
     store = TapStore(str(folder), 10 * one / 1e9)
-    part = narrow(torch.zeros(1, 4, 8, 8), 'fp32')
+    part = pack_tensor(torch.zeros(1, 4, 8, 8), 'fp32')
     written = sum(store.write(f'{number:040x}', [part], {}) for number in range(10_000))
     assert 0 < written < 10_000
     assert sum(path.stat().st_size for path in files(folder)) <= 10 * one
@@ -488,15 +492,15 @@ def test_a_full_disk_is_no_reason_to_stop(weights: str, folder: Path, monkeypatc
 
 WRITER = """
 import sys, torch
-from mmstructkd.teachers.tap_store import MAGIC, Narrow, TapStore, narrow, widen
+from mmstructkd.teachers.tap_store import MAGIC, PackedTensor, TapStore, pack_tensor, unpack_tensor
 from mmstructkd.teachers.cache import TeacherCache
 store = TapStore(sys.argv[1], 1.0)
 for round in range(30):
     for number in range(5):
         tensor = torch.full((1, 64, 32, 32), float(number))
         found = store.read(f'{number:040x}')
-        assert found is None or torch.equal(widen(found[0], torch.device('cpu')), tensor), number
-        store.write(f'{number:040x}', [narrow(tensor, 'fp16')], {})
+        assert found is None or torch.equal(unpack_tensor(found[0], torch.device('cpu')), tensor), number
+        store.write(f'{number:040x}', [pack_tensor(tensor, 'fp16')], {})
 """
 
 
@@ -516,13 +520,13 @@ def test_several_processes_write_and_read_the_same_files(folder: Path) -> None:
 @pytest.mark.parametrize('size', [1e-3, 1.0, 1e7])
 def test_precision(dtype: str, tolerance: float, size: float) -> None:
     tensor = torch.randn(1, 5, 7, 3) * size
-    assert distance(widen(narrow(tensor, dtype), CPU), tensor) <= tolerance
+    assert distance(unpack_tensor(pack_tensor(tensor, dtype), CPU), tensor) <= tolerance
 
 
 def test_the_largest_scores_keep_their_probability() -> None:
     logits = 4 * torch.randn(1, 20, 6, 5)
-    stored = narrow(logits, 'fp32', topk=4)
-    wide = widen(stored, CPU)
+    stored = pack_tensor(logits, 'fp32', topk=4)
+    wide = unpack_tensor(stored, CPU)
     values, places = logits.topk(4, dim=1)
     assert torch.equal(wide.gather(1, places), values)
     probability, kept = logits.softmax(1), wide.softmax(1)
@@ -576,7 +580,7 @@ def test_the_first_hits_are_compared_with_the_live_teacher(weights: str, folder:
     assert seen == [1]
     for path in files(folder):  # whole files, of something else
         tensors = teacher.cache.store.read(path.stem)
-        other = [narrow(torch.randn_like(widen(tensor, CPU)), 'fp16') for tensor in tensors]
+        other = [pack_tensor(torch.randn_like(unpack_tensor(tensor, CPU)), 'fp16') for tensor in tensors]
         teacher.cache.store.write(path.stem, other, {})
     teacher.cache._checks = 1
     with pytest.raises(CheckpointError, match='must agree with the live teacher to 0.05, got a relative difference of'):

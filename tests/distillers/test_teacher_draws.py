@@ -199,11 +199,11 @@ def test_the_same_at_the_same_step(kind: str) -> None:
     before = streams()
     first, again = show(teacher, inputs), show(teacher, inputs)
     assert torch.equal(first, again)
-    teacher.pace(5)
+    teacher.interval_factor(5)
     later = show(teacher, inputs)
     assert not torch.equal(later, first)
     assert torch.equal(show(copy.deepcopy(teacher), inputs), later)
-    teacher.pace(0)
+    teacher.interval_factor(0)
     assert torch.equal(show(teacher, inputs), first)
     assert streams() == before
 
@@ -289,7 +289,7 @@ def test_what_is_kept_of_an_image_does_not_depend_on_its_batch(kind: str, tmp_pa
         cache = dict(folder=str(tmp_path / str(len(kept))), check=1, dtype='fp32')
         teacher = build(config(), probe=(16, 24), cache=cache)
         for step in steps:
-            teacher.pace(step)
+            teacher.interval_factor(step)
             first = show(teacher, images[list(order)])
         again = show(teacher, images[list(order)])  # from the files, compared with the live teacher
         if kind != 'seldom':  # what was kept before the first draw is kept under another name

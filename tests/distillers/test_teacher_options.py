@@ -18,7 +18,7 @@ from mmstructkd.distillers import FrozenTeacher, StructuredDistiller
 from mmstructkd.errors import ConfigError, TapError
 from mmstructkd.registry import MODELS
 from mmstructkd.taps import Tap
-from mmstructkd.teachers import execution
+from mmstructkd.teachers import TeacherGroup, execution
 from mmstructkd.teachers import frozen as teacher
 from mmstructkd.teachers.folding import fold_batch_norm
 from mmstructkd.teachers.loading import build_network
@@ -193,7 +193,7 @@ def test_low_precision_is_the_teachers_alone(name: str, dtype: torch.dtype, weig
     model = build(weights, dtype=name)
     seen = []
     outputs(model)
-    for module in model.teacher._execution._cast.modules():
+    for module in model.teacher.held_networks()[-1].modules():
         if isinstance(module, nn.Conv2d):
             assert module.weight.dtype == dtype
             module.register_forward_hook(lambda m, a, o: seen.append(o.dtype))
@@ -291,7 +291,7 @@ def test_a_compiler_that_fails_is_done_without(place: str, weights: str, monkeyp
     monkeypatch.setattr(torch, 'compile', fails if place == 'build' else lambda *args, **kwargs: fails)
     plain, cheap = build(weights), build(weights, compile=True)
     assert torch.equal(outputs(cheap)[LOGITS][0], outputs(plain)[LOGITS][0])
-    assert not cheap.teacher._execution.compiled
+    assert not cheap.teacher.is_compiled
     outputs(cheap)
     (text,) = said  # once
     assert 'goes on without (RuntimeError: no compiler here)' in text
@@ -301,9 +301,21 @@ def test_a_compiler_that_fails_is_done_without(place: str, weights: str, monkeyp
 def test_compiled_in_earnest(weights: str) -> None:
     plain, cheap = build(weights), build(weights, compile=True, fuse_conv_bn=True)
     seen, expected = outputs(cheap), outputs(plain)
-    assert cheap.teacher._execution.compiled
+    assert cheap.teacher.is_compiled
     for tap, tensors in expected.items():
         assert deviation(seen[tap][0], tensors[0]) <= TOLERANCE['compile']
+
+
+@pytest.mark.parametrize(('options', 'copies'), [({}, 0), (dict(dtype='bf16'), 1), (dict(dtype='fp32'), 0)])
+def test_the_networks_that_are_held_are_told(options: dict, copies: int, weights: str) -> None:
+    teacher = build(weights, **options).teacher
+    group = TeacherGroup(first=teacher, second=teacher)
+    model = build(weights, **options)
+    outputs(model)
+    held = model.teacher.held_networks()
+    assert held[0] is model.teacher.network
+    assert len(held) == 1 + copies
+    assert group.held_networks() == teacher.held_networks()  # each once, however often it is a member
 
 
 def test_a_moved_or_copied_teacher_keeps_its_options(weights: str) -> None:
@@ -311,7 +323,7 @@ def test_a_moved_or_copied_teacher_keeps_its_options(weights: str) -> None:
     before = outputs(model)[LOGITS][0]
     twin = copy.deepcopy(model).to('cpu')
     assert torch.equal(outputs(twin)[LOGITS][0], before)
-    assert twin.teacher._execution._cast is not model.teacher._execution._cast
+    assert twin.teacher.held_networks()[-1] is not model.teacher.held_networks()[-1]
 
 
 # --- every k-th step -----------------------------------------------------------------------------------------
@@ -319,7 +331,7 @@ def test_a_moved_or_copied_teacher_keeps_its_options(weights: str) -> None:
 
 def at_step(model: StructuredDistiller, step: int) -> dict[str, torch.Tensor]:
     for term in model.terms.values():
-        term.pace = model.teacher.pace(step)
+        term.interval_factor = model.teacher.interval_factor(step)
     torch.manual_seed(1)
     return model(**toy_batch(), mode='loss')
 
@@ -348,7 +360,7 @@ def test_every_kth_step_keeps_the_mean_gradient(weights: str) -> None:
 def test_between_the_teacher_rests_and_every_parameter_is_used(weights: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = build(weights, every=2)
     for term in model.terms.values():
-        term.pace = model.teacher.pace(1)
+        term.interval_factor = model.teacher.interval_factor(1)
     monkeypatch.setattr(model.teacher, 'observe', None)  # calling it would fail
     model.parse_losses(model(**toy_batch(), mode='loss'))[0].backward()
     assert all(p.grad is not None for p in model.terms.parameters() if p.requires_grad)

@@ -19,7 +19,7 @@ from mmstructkd.distillers import StructuredDistiller
 from mmstructkd.errors import ShapeError, TapError
 from mmstructkd.registry import MODELS
 from mmstructkd.tasks.batches import needs_of, synthetic_batch, training_info
-from mmstructkd.teachers.loading import _drop_pretrained
+from mmstructkd.teachers.loading import drop_pretrained
 
 PIXEL = dict(type='mmstructkd.PixelwiseKLLoss')
 CHANNEL = dict(type='mmstructkd.ChannelwiseKLLoss')
@@ -45,7 +45,7 @@ def narrow(config: Any) -> None:
 def zoo(path: str, changes: Mapping[str, Any] | None = None) -> Config:
     """A config of a zoo without weights, narrow, with some keys changed."""
     cfg = Config.fromfile(Config._get_cfg_path(path, '')[0])
-    _drop_pretrained(cfg.model)
+    drop_pretrained(cfg.model)
     narrow(cfg.model)
     cfg.merge_from_dict({f'model.{key}': value for key, value in (changes or {}).items()})
     init_default_scope(cfg.default_scope)

@@ -23,6 +23,7 @@ from mmstructkd.critics import JointBatchNorm
 from mmstructkd.losses import MemoryContrastLoss, RegionContrastLoss
 from mmstructkd.optim import for_distiller
 from mmstructkd.registry import MODELS
+from mmstructkd.running import prepare_cpu_distributed
 from mmstructkd.structures import Targets
 from mmstructkd.testing import toy_batch, toy_config, toy_distiller, toy_segmentor, toy_terms
 
@@ -237,7 +238,7 @@ def run(folder: Path, rank: int) -> str:
     """Train through the Runner until the error."""
     cfg = toy_config(toy_distiller(), folder, max_iters=5, launcher='pytorch')
     cfg.default_hooks.checkpoint.update(interval=1, max_keep_ckpts=1)
-    compat.prepare_cpu_distributed(cfg, 'pytorch')
+    prepare_cpu_distributed(cfg, 'pytorch')
     runner = Runner.from_cfg(cfg)
     runner.register_hook(Spoil())
     try:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import pytest
-
-from mmstructkd.evaluation.metrics import Metric, markdown_table, mean_and_std
+from mmstructkd.evaluation.metrics import Metric, mean_and_std
 
 
 def test_one_value_has_no_spread():
@@ -25,13 +23,3 @@ def test_gain_is_an_improvement_in_either_direction():
 
 def test_text_has_the_digits_of_the_metric():
     assert Metric('abs_rel', 'abs rel', digits=3).text([0.1, 0.2]) == '0.150 ± 0.071'
-
-
-def test_table_is_aligned():
-    lines = markdown_table([['', 'abs rel'], ['student alone', '0.1']]).splitlines()
-    assert lines == ['|               | abs rel |', '| ------------- | ------- |', '| student alone | 0.1     |']
-
-
-def test_rows_of_unequal_length_are_refused():
-    with pytest.raises(ValueError, match='shorter'):
-        markdown_table([['', 'a'], ['b']])

@@ -8,7 +8,7 @@ from dataclasses import asdict
 import pytest
 
 from mmstructkd.evaluation.metrics import Metric
-from mmstructkd.evaluation.training import Training, TrainingError, how_far, train, training_key
+from mmstructkd.evaluation.training import Training, TrainingError, progress_text, train, training_key
 
 METRICS = (Metric('abs_rel', 'abs rel', digits=3, higher_is_better=False), Metric('d1', 'delta1', factor=100.0))
 #: Logs two validations, as a training does that resumes, and writes a checkpoint; each run adds a line to a file.
@@ -100,9 +100,9 @@ def test_key_follows_config_seed_and_teacher(config, tmp_path):
 
 def test_state_in_words():
     entries = [{'loss': 1.5, 'iter': 20, 'time': 0.25}]
-    assert how_far(entries, 40, 3.0) == '  20/40  loss 1.500  0.250 s a step  3 s'
-    assert 'validating (3 s)' in how_far(entries, 20, 3.0)
-    assert how_far([], 40, 3.0) == 'starting (3 s)'
+    assert progress_text(entries, 40, 3.0) == '  20/40  loss 1.500  0.250 s a step  3 s'
+    assert 'validating (3 s)' in progress_text(entries, 20, 3.0)
+    assert progress_text([], 40, 3.0) == 'starting (3 s)'
 
 
 def test_training_survives_json():

@@ -51,7 +51,7 @@ def test_modules_are_told_iterations_or_epochs() -> None:
     plain, iterations, epochs = Follower(), Follower(False), Follower(True)
     term = nn.ModuleList([nn.Linear(1, 1), nn.Sequential(plain, iterations), epochs])
     term.schedule, term.teacher_taps = WeightSchedule(type='linear'), []
-    teacher = SimpleNamespace(pace=lambda iteration, taps: 1.0, terms={})
+    teacher = SimpleNamespace(interval_factor=lambda iteration, taps: 1.0, terms={})
     told: list[tuple[int, int]] = []
     model = SimpleNamespace(
         terms=nn.ModuleDict({'one': term}), teacher=teacher, set_progress=lambda *progress: told.append(progress)

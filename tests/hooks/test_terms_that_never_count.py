@@ -23,7 +23,7 @@ def check(every: int = 1, iter_based: bool = False, **schedule: Any) -> None:
     term = nn.Identity()
     term.teacher_taps = []
     term.schedule = WeightSchedule(**schedule)
-    teacher = SimpleNamespace(pace=lambda step, taps: float(every) if step % every == 0 else 0.0)
+    teacher = SimpleNamespace(interval_factor=lambda step, taps: float(every) if step % every == 0 else 0.0)
     model = SimpleNamespace(terms=nn.ModuleDict({'late': term}), teacher=teacher)
     epochs = 1 if iter_based else EPOCHS
     TermScheduleHook().before_train(SimpleNamespace(model=model, max_iters=ITERATIONS, max_epochs=epochs))

@@ -165,7 +165,7 @@ def states(wrapper: OptimWrapper, network: nn.Module) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize('optimizer', [SGD, dict(type='AdamW', lr=0.1, weight_decay=0.1)], ids=['sgd', 'adamw'])
 @pytest.mark.parametrize('kind', KINDS)
-@pytest.mark.parametrize('off', ['factor', 'pace'])
+@pytest.mark.parametrize('off', ['factor', 'interval_factor'])
 def test_what_is_not_used_stands_still(optimizer: dict, kind: str, off: str) -> None:
     """A schedule that is off, and a teacher that is asked every k-th time."""
     model = distiller()
@@ -361,7 +361,7 @@ def test_the_check_does_not_wait_and_a_bad_step_does_no_harm(bad: bool) -> None:
     model.terms['holistic'].loss.own_optimizer = dict(SGD)  # Adam reads its step counter, on a CPU
     wrapper = wrapped(model, clip_grad=dict(max_norm=1.0))
     step(model, wrapper)
-    wrapper.settle()
+    wrapper.check_last_step()
     if bad:
         spoil(model.student.decode_head.conv_seg.weight)
     with Watch() as watch:
@@ -371,9 +371,9 @@ def test_the_check_does_not_wait_and_a_bad_step_does_no_harm(bad: bool) -> None:
     assert model.last_step is not None  # until the verdict is read
     if bad:
         with pytest.raises(FloatingPointError, match='the gradient of decode_head.conv_seg.weight'):
-            wrapper.settle()
+            wrapper.check_last_step()
     else:
-        wrapper.settle()
+        wrapper.check_last_step()
     assert model.last_step is None
 
 
@@ -396,7 +396,7 @@ def test_sound_steps_are_the_same_either_way(monkeypatch: pytest.MonkeyPatch) ->
         wrapper = wrapped(model, clip_grad=dict(max_norm=0.1))
         for number in range(2):
             step(model, wrapper, number)
-            wrapper.settle()
+            wrapper.check_last_step()
         found.append(values(model))
     assert same(*found)
 
@@ -460,7 +460,7 @@ def test_a_loss_that_is_not_finite_is_none_of_the_scalers_business(monkeypatch: 
 
     def run() -> None:
         step(model, wrapper)
-        wrapper.settle()
+        wrapper.check_last_step()
 
     with pytest.raises(FloatingPointError, match='loss_kd_pixel is nan.*Side: teacher'):
         run()

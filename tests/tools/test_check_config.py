@@ -241,7 +241,7 @@ def test_cost_of_the_teacher() -> None:
     assert 0 < cost.teacher_forward < cost.distilled_step
     assert cost.student_step > 0
     assert cost.student_peak is cost.distilled_peak is None
-    with pytest.raises(ConfigError, match='`runs` must be an integer above 0, got 0'):
+    with pytest.raises(ConfigError, match='`runs` must be an integer of at least 1, got 0'):
         measure_cost(distiller, toy_batch(), runs=0)
 
 

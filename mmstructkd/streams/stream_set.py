@@ -1,0 +1,180 @@
+"""The streams of one distiller: which terms may use them, and what these make of their batches."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from mmstructkd.errors import ConfigError, suggest
+from mmstructkd.streams.base import Stream, StreamBatch
+from mmstructkd.streams.building import LABELLED, build_streams
+from mmstructkd.streams.preprocessing import StreamPreprocessor
+from mmstructkd.structures import Targets
+from mmstructkd.taps import Capture, Observation, Tap, in_features, tapped_forward
+
+if TYPE_CHECKING:
+    from mmstructkd.teachers import TeacherSource
+    from mmstructkd.terms import Term
+
+__all__ = ['StreamSet', 'TrainingBatch']
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingBatch:
+    """The labelled batch of a step, of which streams make theirs.
+
+    Attributes:
+        inputs: images in the student's normalisation, shape (B, 3, H, W).
+        data_samples: one per image.
+        targets: what the task knows of it.
+        others: batches of streams that read data, by name.
+        step: iterations done so far.
+    """
+
+    inputs: Tensor
+    data_samples: Sequence[Any] | None
+    targets: Targets
+    others: Mapping[str, Any]
+    step: int
+
+
+class StreamSet(Mapping[str, Stream]):
+    """Streams by name, and the terms' comparison on them.
+
+    Args:
+        config: a config of each stream by name; ``None``: there is none.
+
+    Raises:
+        ConfigError: see :func:`~mmstructkd.streams.build_streams`.
+    """
+
+    def __init__(self, config: Any) -> None:
+        self._streams = build_streams(config)
+
+    def __getitem__(self, name: str) -> Stream:
+        return self._streams[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._streams)
+
+    def __len__(self) -> int:
+        return len(self._streams)
+
+    @property
+    def reading(self) -> list[str]:
+        """Names of the streams that read images of their own from the data loader."""
+        return [name for name, stream in self.items() if stream.reads_data]
+
+    def wrap_preprocessor(self, preprocessor: nn.Module) -> nn.Module:
+        """The student's data preprocessor, for the batches of streams as well where any reads data."""
+        return StreamPreprocessor(preprocessor, self.reading) if self.reading else preprocessor
+
+    def check_terms(self, terms: Iterable[Term]) -> None:
+        """Check that each term compares on streams that there are, and that know what it needs.
+
+        Args:
+            terms: all terms of the distiller.
+
+        Raises:
+            ConfigError: no such stream, a loss that needs labels on a stream without
+                any, or taps in a RoI head.
+        """
+        for term in terms:
+            for name in term.on:
+                if name != LABELLED:
+                    self._check_term(term, name)
+
+    def _check_term(self, term: Term, name: str) -> None:
+        """Check one term on one stream."""
+        if name not in self:
+            raise ConfigError(
+                f'term {term.name!r}: `on` must name a stream of the distiller, got {name!r}. '
+                f'{suggest(name, [LABELLED, *self])}'
+            )
+        asking = [loss for loss in term.losses if loss.needs_labels or loss.where == 'labelled']
+        if asking and not self[name].labelled:
+            raise ConfigError(
+                f'term {term.name!r}: `on` must name a stream with labels for {type(asking[0]).__name__}, got '
+                f"{name!r}, which has none. Take on='labelled', or a loss (or where='inside') that needs none."
+            )
+        if term.on_regions:
+            raise ConfigError(
+                f'term {term.name!r}: `on` must be {LABELLED!r} for taps in a RoI head, got {name!r}. Its '
+                'regions are chosen with the labels of the batch: tap the neck.'
+            )
+
+    def score(
+        self,
+        student: nn.Module,
+        teacher: TeacherSource,
+        terms: Collection[Term],
+        batch: TrainingBatch,
+        *,
+        clone: Collection[Tap] = (),
+    ) -> dict[str, dict[str, Tensor]]:
+        """Compare both networks on each stream that a term asks for.
+
+        Args:
+            student: the student.
+            teacher: source of the teacher's tensors.
+            terms: all terms, those that do not count at this step included.
+            batch: the labelled batch.
+            clone: taps whose tensors the student changes in place.
+
+        Returns:
+            By term and stream its losses, with the stream's name in the keys.
+        """
+        scores: dict[str, dict[str, Tensor]] = {}
+        for name, stream in self.items():
+            here = [term for term in terms if name in term.on]
+            active = [term for term in here if term.active]
+            seen = Observation(Capture(student, ()), {}, batch.targets, None)
+            if active:
+                others = batch.others.get(name) or {}
+                made = stream.make(batch.inputs, batch.data_samples, batch.targets, others, batch.step)
+                seen = _observe(student, teacher, made, active, clone, frozen=stream.norm == 'frozen')
+            for term in here:
+                if not active or term in active:
+                    scored = term(seen.student, seen.teacher, seen.targets, None)
+                    scores[f'{term.name} on {name}'] = {f'{key}_{name}': value for key, value in scored.items()}
+                else:
+                    scores[f'{term.name} on {name}'] = {f'loss_kd_{term.name}_{name}': term.zero_loss()}
+        return scores
+
+
+def _observe(
+    student: nn.Module,
+    teacher: TeacherSource,
+    batch: StreamBatch,
+    terms: Sequence[Term],
+    clone: Collection[Tap],
+    *,
+    frozen: bool,
+) -> Observation:
+    """Run both networks on a batch of a stream, without the losses of the task."""
+    teacher_taps = [tap for term in terms for tap in term.teacher_taps]
+    student_taps = list(dict.fromkeys([tap for term in terms for tap in term.student_taps]))
+    student_taps += [tap for tap in teacher.reads if tap not in student_taps]
+    route = 'features' if all(map(in_features, student_taps)) else 'tensor'
+    with _norms_frozen(student) if frozen else contextlib.nullcontext():
+        capture = tapped_forward(student, batch.inputs, batch.data_samples, student_taps, clone=clone, route=route)
+    shown = teacher.observe(batch.inputs, batch.data_samples, teacher_taps, student=capture.records, labelled=False)
+    return Observation(capture, shown, batch.targets, None)
+
+
+@contextlib.contextmanager
+def _norms_frozen(network: nn.Module) -> Iterator[None]:
+    """Put BatchNorm layers that train into eval for a while: their statistics are used, and do not move."""
+    norms = [module for module in network.modules() if module.training and isinstance(module, _BatchNorm)]
+    for module in norms:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in norms:
+            module.training = True
