@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -215,6 +216,23 @@ class TeacherGroup(TeacherSource):
                 f'{type(self).__name__}: teachers that one term taps must have the same `every`, got {sorted(asked)}.'
             )
         return paces.pop() if paces else 1.0
+
+    @property
+    def period(self) -> int:
+        """Steps after which what is asked of all members repeats."""
+        return math.lcm(*(member.period for member in self.members.values()))
+
+    def repeatable(self) -> str:
+        """No: some members may be, each for itself."""
+        return f'Each teacher has a cache of its own: give `cache` to one of {sorted(self.members)}.'
+
+    def cannot_rest(self) -> str:
+        """Why not: each member has a pace of its own."""
+        return f'Each teacher has a pace of its own: give `every` to one of {sorted(self.members)}.'
+
+    def held_modules(self) -> list[nn.Module]:
+        """Those of all members."""
+        return [module for member in self.members.values() for module in member.held_modules()]
 
     def without_cache(self) -> None:
         """Tell each member."""

@@ -20,6 +20,7 @@ from mmstructkd.registry import MODELS
 from mmstructkd.taps import Tap
 from mmstructkd.teachers import execution
 from mmstructkd.teachers import frozen as teacher
+from mmstructkd.teachers.building import build_source
 from mmstructkd.teachers.folding import fold_batch_norm
 from mmstructkd.teachers.loading import build_network
 from mmstructkd.testing import toy_batch, toy_config, toy_detector, toy_distiller, toy_segmentor
@@ -426,8 +427,8 @@ def test_refuses_before_anything_is_built(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(teacher, 'build_network', None)  # calling it would fail
-    with pytest.raises(ConfigError, match=f'^FrozenTeacher: {message}'):
-        FrozenTeacher(toy_segmentor(8), allow_random=True, **options)
+    with pytest.raises(ConfigError, match=f'`teacher` cannot be built. FrozenTeacher: {message}'):
+        build_source(dict(config=toy_segmentor(8), allow_random=True, **options))
     assert not list(tmp_path.iterdir())
 
 
