@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +60,9 @@ class TeacherSource(ABC):
         network: what its taps name; ``None`` until there is one.
         compiled: its network runs through ``torch.compile``.
     """
+
+    #: What the config of each may have besides, see :func:`~mmstructkd.teachers.building.build_source`.
+    config_options: ClassVar[tuple[str, ...]] = ('every', 'cache')
 
     hooks: tuple[str, ...] = ()
     reads: tuple[Tap, ...] = ()

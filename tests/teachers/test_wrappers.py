@@ -188,3 +188,11 @@ def test_what_runs_nothing_of_its_own_names_who_does(
     model['teachers']['mean'][option] = value
     with pytest.raises(ConfigError, match='`teachers.mean` cannot be built. TeacherMean'):
         built(model)
+
+
+@pytest.mark.parametrize(('slip', 'meant'), [('evry', 'every'), ('cahce', 'cache'), ('chache', 'cache')])
+@pytest.mark.parametrize('kind', ['frozen', 'view', 'peer'])
+def test_a_misspelled_option_is_told_its_name(kind: str, slip: str, meant: str) -> None:
+    teachers = dict(frozen=frozen(8), view=KINDS['view']['teacher'], peer=KINDS['peer']['teacher'])
+    with pytest.raises(ConfigError, match=rf"got '{slip}'. Did you mean .*'{meant}'"):
+        build_source({**teachers[kind], slip: 2})
