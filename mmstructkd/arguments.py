@@ -148,6 +148,8 @@ class _Takes:
         many: any number of values without a name is taken.
         misplaced: by name where it belongs, for names that configs put here by mistake: the class's own
             ``misplaced_arguments``.
+        also: what its config may have besides, which whoever builds it takes out: the class's own
+            ``config_options``.
     """
 
     positional: tuple[str, ...]
@@ -158,6 +160,7 @@ class _Takes:
     anything: bool
     many: bool
     misplaced: Mapping[str, str]
+    also: tuple[str, ...]
 
 
 def _hints(function: Callable[..., Any]) -> dict[str, Any]:
@@ -232,7 +235,8 @@ def _takes(cls: type) -> _Takes:
                     required.append(name)
                 if depth == 0 and parameter.kind is not parameter.KEYWORD_ONLY:
                     positional.append(name)
-    return _Takes(tuple(positional), tuple(required), hints, defaults, tuple(known), anything, many, misplaced)
+    also = tuple(getattr(cls, 'config_options', ()))
+    return _Takes(tuple(positional), tuple(required), hints, defaults, tuple(known), anything, many, misplaced, also)
 
 
 def check_call(
@@ -273,7 +277,7 @@ def _named(
         if name in given:
             raise ArgumentError(f'{owner}: `{name}` must be given once, got {shown(given[name])} and {shown(value)}.')
         if name not in takes.known and not takes.anything:
-            way_out = takes.misplaced.get(name) or suggest(name, takes.known) or 'It takes none.'
+            way_out = takes.misplaced.get(name) or suggest(name, (*takes.known, *takes.also)) or 'It takes none.'
             raise ArgumentError(f'{owner}: an argument must be one that it takes, got {name!r}. {way_out}')
         given[name] = value
     for name in takes.required:

@@ -133,7 +133,7 @@ def time_pair(name: str, precision: str, args: argparse.Namespace) -> dict[str, 
             out['arms'][arm].update(
                 held_bytes=made.held_bytes(), extra_bytes=measure.extra_memory(made.step, args.device)
             )
-            if arm in arms.COMPILED and made.teacher is not None and not made.teacher.is_compiled:
+            if arm in arms.COMPILED and made.teacher is not None and not made.teacher.compiled:
                 out['skipped'][arm] = 'torch.compile does not work here: timed without'
     return out
 

@@ -229,7 +229,7 @@ class Arm:
         self.ask = ask
         self.networks = tuple(networks)
         self.teacher = getattr(model, 'teacher', None) if hasattr(model, 'terms') else None
-        self.period = getattr(self.teacher, 'every', 1)
+        self.period = 1 if self.teacher is None else self.teacher.period
         self.count = 0
         shared, own = [p for p in model.parameters() if p.requires_grad], []
         if hasattr(model, 'auxiliary_parameters'):
@@ -298,7 +298,7 @@ class Arm:
         """What stays between two steps: weights of both networks and the optimisers' states."""
         modules = [self.model, *self.networks]
         if self.teacher is not None:
-            modules += self.teacher.held_networks()
+            modules += self.teacher.held_modules()
         tensors = [t for module in modules for t in (*module.parameters(), *module.buffers())]
         for optimizer in self.optimizers:
             tensors += [v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]

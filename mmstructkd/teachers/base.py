@@ -5,17 +5,21 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
+from mmstructkd.errors import ConfigError
 from mmstructkd.structures import Targets
 from mmstructkd.taps import Capture, Regions, Tap
 from mmstructkd.tasks.targets import head_of, num_classes_of
 
-__all__ = ['ProbedTensors', 'Records', 'TeacherSource']
+__all__ = ['LEARNS', 'ProbedTensors', 'Records', 'Repeatable', 'TeacherSource', 'check_one_batch']
 
 Records = Mapping[Tap, list[Tensor]]
+#: Why a teacher that learns cannot leave out steps.
+LEARNS = 'It learns in this training and runs at each step whatever the terms do: resting would save nothing.'
 
 
 @dataclass
@@ -54,7 +58,11 @@ class TeacherSource(ABC):
         terms: terms of its own by name, between it and the student with the
             roles swapped; they follow their schedules as all terms do.
         network: what its taps name; ``None`` until there is one.
+        compiled: its network runs through ``torch.compile``.
     """
+
+    #: What the config of each may have besides, see :func:`~mmstructkd.teachers.building.build_source`.
+    config_options: ClassVar[tuple[str, ...]] = ('every', 'cache')
 
     hooks: tuple[str, ...] = ()
     reads: tuple[Tap, ...] = ()
@@ -63,6 +71,7 @@ class TeacherSource(ABC):
     own_optimizer: dict | None = None
     terms: Mapping[str, Any] = {}
     network: nn.Module | None = None
+    compiled: bool = False
 
     @abstractmethod
     def attach(self, student: nn.Module, config: Mapping[str, Any] | None = None) -> None:
@@ -171,13 +180,33 @@ class TeacherSource(ABC):
         """
         return 1.0
 
+    @property
+    def period(self) -> int:
+        """Steps after which what is asked of it repeats."""
+        return 1
+
+    @property
+    def unwrapped(self) -> TeacherSource:
+        """The teacher itself, without wrappers."""
+        return self
+
+    def repeatable(self) -> Repeatable | str:
+        """Itself as a function of the image alone, for a cache; or why it is none, in a sentence."""
+        return 'It does not say that what it shows depends on the image alone, so none of it can be kept.'
+
+    def cannot_rest(self) -> str | None:
+        """Why it cannot leave out steps, in a sentence; ``None``: it can."""
+        if self.is_trained:
+            return LEARNS
+        return None
+
+    def held_modules(self) -> list[nn.Module]:
+        """Modules that it keeps in memory and the distiller does not own; tensors may be shared among them."""
+        return []
+
     def without_cache(self) -> None:
         """Keep no outputs from now on: for whoever tries a batch, or measures what the teacher costs."""
         return
-
-    def held_networks(self) -> list[nn.Module]:
-        """Every network that it keeps in memory, copies in another precision included."""
-        return [] if self.network is None else [self.network]
 
     def report(self) -> list[str]:
         """What to log when the training ends, a line each."""
@@ -226,3 +255,78 @@ class TeacherSource(ABC):
     @abstractmethod
     def provenance(self) -> dict[str, Any]:
         """Say in plain values what this teacher is; saved with checkpoints."""
+
+
+class Repeatable(TeacherSource):
+    """A teacher whose tensors for an image can be made a function of that image alone.
+
+    A :class:`~mmstructkd.teachers.cached.CachedTeacher` keeps them.
+    """
+
+    def repeatable(self) -> Repeatable | str:
+        """Itself."""
+        return self
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Hash of all that decides its tensors before it has met a student: config, weights, options."""
+
+    @abstractmethod
+    def run_state(self, device: torch.device) -> list[Any]:
+        """What decides its tensors besides, at this moment (precision, ...), in plain values.
+
+        Args:
+            device: of the images.
+        """
+
+    @property
+    @abstractmethod
+    def wants_whole_batches(self) -> bool:
+        """Whether a part of a batch costs more than all of it."""
+
+    @abstractmethod
+    def check_repeatable(self, inputs: Tensor, data_samples: Sequence[Any] | None, taps: Sequence[Tap]) -> None:
+        """Find out, after a probe, how an image must be run to show the same each time.
+
+        Args:
+            inputs: one image in the student's normalisation.
+            data_samples: its sample, or ``None``.
+            taps: those that were probed.
+
+        Raises:
+            ConfigError: it shows something else each time.
+        """
+
+    @abstractmethod
+    def observe_each(
+        self, inputs: Tensor, data_samples: Sequence[Any] | None, taps: Sequence[Tap]
+    ) -> dict[Tap, list[Tensor]]:
+        """Show each image as it would alone, at any step.
+
+        Args:
+            inputs: a batch, or a part of one, in the student's normalisation.
+            data_samples: one per image, or ``None``.
+            taps: taps that were probed.
+
+        Returns:
+            For each tap its tensors, without graph.
+        """
+
+
+def check_one_batch(owner: str, inputs: Any) -> None:
+    """Refuse batches in branches.
+
+    Args:
+        owner: the teacher, for the message.
+        inputs: what should be one tensor of images.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    if not isinstance(inputs, Tensor):
+        branches = f' of {sorted(map(str, inputs))}' if isinstance(inputs, Mapping) else ''
+        raise ConfigError(
+            f'{owner}: `inputs` must be one batch of images, got {type(inputs).__name__}{branches}. Batches '
+            'in branches (semi-supervised training) cannot be distilled: give the student a data preprocessor '
+            'that makes one batch.'
+        )

@@ -1,11 +1,11 @@
-"""How a frozen network is run: in which precision, memory format, and compiled or not."""
+"""How a frozen network is run: in which precision, memory format, with folded norms, and compiled or not."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,10 +13,11 @@ from mmcv.cnn.bricks import wrappers
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
-from mmstructkd.errors import check_flag, check_one_of
+from mmstructkd.errors import ConfigError, TapError, check_flag, check_one_of
 from mmstructkd.taps import Regions, Tap, in_features, in_region_head, run_tapped, tapped_forward
+from mmstructkd.teachers.folding import fold_batch_norm
 
-__all__ = ['DTYPES', 'Execution']
+__all__ = ['DTYPES', 'Execution', 'agree', 'unsteady']
 
 #: What a config may write.
 DTYPES = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
@@ -83,30 +84,105 @@ class Execution:
             whose kernels are written for it.
         compiled: compile what leads to the taps, for each size of input anew.
             Where that fails, warn and go on without.
+        fuse_conv_bn: fold BatchNorm into convolutions, see :meth:`fold`.
 
     Raises:
         ConfigError: an unknown ``dtype``, or a flag that is none.
     """
 
-    def __init__(self, *, dtype: str | None = None, channels_last: bool | None = None, compiled: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        dtype: str | None = None,
+        channels_last: bool | None = None,
+        compiled: bool = False,
+        fuse_conv_bn: bool = False,
+    ) -> None:
+        check_flag('FrozenTeacher', 'fuse_conv_bn', fuse_conv_bn)
         if dtype is not None:
             check_one_of('FrozenTeacher', 'dtype', dtype, tuple(DTYPES))
         if channels_last is not None:
             check_flag('FrozenTeacher', 'channels_last', channels_last)
         check_flag('FrozenTeacher', 'compile', compiled)
-        self.dtype, self.compiled = dtype, compiled
+        self.dtype, self.compiled, self.fuse_conv_bn = dtype, compiled, fuse_conv_bn
         self.channels_last = self.low is not None if channels_last is None else channels_last
         self._cast: nn.Module | None = None
         self._programs: dict[tuple[Tap, ...], Any] = {}
+        self._folded: dict[str, str] | None = None
 
     def renewed(self) -> Execution:
-        """The same settings, nothing prepared yet."""
-        return Execution(dtype=self.dtype, channels_last=self.channels_last, compiled=self.compiled)
+        """The same settings for the same network, whose weights have been moved, replaced or shared."""
+        renewed = Execution(
+            dtype=self.dtype,
+            channels_last=self.channels_last,
+            compiled=self.compiled,
+            fuse_conv_bn=self.fuse_conv_bn,
+        )
+        renewed._folded = self._folded
+        return renewed
 
-    @property
-    def cast_network(self) -> nn.Module | None:
-        """The copy of the network whose weights were cast; ``None``: there is none yet."""
-        return self._cast
+    def options(self) -> list[Any]:
+        """What decides the numbers that come out, in plain values."""
+        return [self.fuse_conv_bn, self.channels_last, self.dtype, self.compiled]
+
+    def lay_out(self, network: nn.Module) -> None:
+        """Bring the weights of a network into the memory format of the images.
+
+        Args:
+            network: changed in place.
+        """
+        if self.channels_last:
+            nn.Module.to(network, memory_format=torch.channels_last)  # networks may have a `to` for devices alone
+
+    def held_modules(self, network: nn.Module) -> list[nn.Module]:
+        """The network, and the copy in low precision where one has been made.
+
+        Args:
+            network: that runs.
+
+        Returns:
+            One module or two, which share most tensors.
+        """
+        return [network, *filter(None, [self._cast])]
+
+    def fold(self, network: nn.Module, forward: Callable[[], Records], taps: Iterable[Tap]) -> None:
+        """Fold what no tap names, once; later taps must leave what is folded alone.
+
+        Args:
+            network: changed in place.
+            forward: runs it on the same images each time and returns its tapped tensors.
+            taps: places whose tensors stay what they are.
+
+        Raises:
+            ConfigError: the network shows something else each time, or something
+                else once it is folded.
+            TapError: a tap names what has been folded.
+        """
+        if not self.fuse_conv_bn:
+            return
+        named = {tap.module: str(tap) for tap in taps}
+        if self._folded is None:
+            before = forward()
+            if not agree(forward(), before):
+                raise unsteady('fuse_conv_bn', network)
+            self._folded = fold_batch_norm(network, forward, keep=named)
+            after = forward()
+            for tap, tensors in before.items():
+                for old, new in zip(tensors, after[tap], strict=True):
+                    if not torch.allclose(old, new, rtol=1e-3, atol=1e-3 * float(old.abs().max())):
+                        raise ConfigError(
+                            f'FrozenTeacher: `fuse_conv_bn` must not change what the network computes, got a '
+                            f'difference of up to {float((old - new).abs().max()):.3g} at {str(tap)!r}. '
+                            f'{type(network).__name__} cannot be folded: set fuse_conv_bn=False.'
+                        )
+            print_log(f'{len(self._folded)} BatchNorms of the teacher are folded into convolutions.', 'current')
+        for norm, convolution in self._folded.items():
+            if norm in named or convolution in named:
+                raise TapError(
+                    f'FrozenTeacher: `tap` must not name a folded BatchNorm or its convolution, got '
+                    f'{named.get(norm, named.get(convolution))!r} ({norm!r} is folded into {convolution!r} already). '
+                    'Name all taps when the distiller is built, or set fuse_conv_bn=False.'
+                )
 
     @property
     def low(self) -> torch.dtype | None:
@@ -233,3 +309,41 @@ def _twin(network: nn.Module, low: torch.dtype | None) -> nn.Module:
                 for weight in module.parameters(recurse=False):
                     shared[id(weight)] = nn.Parameter(weight.detach().to(low), requires_grad=False)
     return copy.deepcopy(network, shared)
+
+
+def agree(first: Mapping[Tap, Sequence[Tensor]], second: Mapping[Tap, Sequence[Tensor]]) -> bool:
+    """Whether tensors agree but for rounding.
+
+    Args:
+        first: by tap its tensors.
+        second: the same taps.
+
+    Returns:
+        Whether all of them do.
+    """
+
+    def close(one: Tensor, two: Tensor) -> bool:
+        largest = float(two.abs().nan_to_num().max()) if two.numel() else 0.0
+        return one.shape == two.shape and torch.allclose(one, two, rtol=1e-3, atol=1e-3 * largest, equal_nan=True)
+
+    return all(
+        close(one.double(), two.double()) for tap in second for one, two in zip(first[tap], second[tap], strict=True)
+    )
+
+
+def unsteady(option: str, network: nn.Module) -> ConfigError:
+    """The error for a network that shows something else each time it is asked.
+
+    Args:
+        option: what cannot be had with it.
+        network: the network.
+
+    Returns:
+        The error, to raise.
+    """
+    return ConfigError(
+        f'FrozenTeacher: `{option}` must have a teacher that shows the same of the same image, got '
+        f'{type(network).__name__}, which differs from one run to the next: it keeps a state, or draws random numbers '
+        'from a stream of its own (torch.Generator, numpy.random.default_rng). Those of torch, numpy and Python are '
+        f'seeded for it. Leave `{option}` out.'
+    )

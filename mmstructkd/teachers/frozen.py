@@ -1,4 +1,4 @@
-"""Where the teacher's tapped tensors come from: the interface, and the frozen network."""
+"""The frozen network: the teacher that most methods know."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from mmstructkd.checkpoints import IN_TEACHER
-from mmstructkd.errors import ConfigError, TapError, check_flag, is_count, shown
+from mmstructkd.errors import ConfigError, check_flag, shown
 from mmstructkd.randomness import own_stream
 from mmstructkd.registry import MODELS
 from mmstructkd.structures import Targets
@@ -23,13 +23,11 @@ from mmstructkd.taps import (
     find_route,
     in_features,
     in_point_head,
-    in_region_head,
     probe_regions,
 )
-from mmstructkd.teachers.base import Records, TeacherSource
-from mmstructkd.teachers.cache import TeacherCache, hash_of, preprocessing, weights_hash
-from mmstructkd.teachers.execution import Execution
-from mmstructkd.teachers.folding import fold_batch_norm
+from mmstructkd.teachers.base import Records, Repeatable, check_one_batch
+from mmstructkd.teachers.cache import hash_of, weights_hash
+from mmstructkd.teachers.execution import Execution, agree, unsteady
 from mmstructkd.teachers.loading import build_network, load_weights, model_config
 from mmstructkd.teachers.normalization import InputConversion, check_network, cover_input
 
@@ -37,7 +35,7 @@ __all__ = ['FrozenTeacher']
 
 
 @MODELS.register_module()
-class FrozenTeacher(TeacherSource):
+class FrozenTeacher(Repeatable):
     """A trained network, frozen: always in eval, no gradient, its own normalisation.
 
     Its forward ends at the deepest tap asked for. Copies made by
@@ -49,6 +47,10 @@ class FrozenTeacher(TeacherSource):
     the network draws any in eval (bases of SegNeXt's head, dropout that stays
     on), come from a stream of its own, the same for the same step: the student
     draws what it draws alone.
+
+    ``every=...`` and ``cache=...`` beside these arguments, in the config of any
+    teacher, are read by :func:`~mmstructkd.teachers.building.build_source`, which
+    puts this one into a wrapper.
 
     Args:
         config: path of a config, ``mmseg::...``, or an inline dict (the model,
@@ -70,13 +72,6 @@ class FrozenTeacher(TeacherSource):
         compile: run what leads to the taps through ``torch.compile``, for each
             size of input anew; where that fails, warn and go on without. The
             first step of each size takes as long as compiling does.
-        every: ask the teacher at every k-th iteration only, with all terms
-            weighted k times then and silent in between.
-        cache: keep its outputs on disk, for pipelines that repeat: arguments of
-            a :class:`~mmstructkd.teachers.cache.TeacherCache`
-            (``folder``, ...). A network whose output for an image depends on the
-            others of its batch (because it draws random numbers, or normalises by
-            the batch) is then run image by image, and from one stream at all steps.
 
     Raises:
         ConfigError: no config or no checkpoint, or an option out of range.
@@ -96,20 +91,16 @@ class FrozenTeacher(TeacherSource):
         channels_last: bool | None = None,
         dtype: str | None = None,
         compile: bool = False,
-        every: int = 1,
-        cache: Mapping[str, Any] | None = None,
     ) -> None:
-        flags = {'allow_random': allow_random, 'trust_checkpoint': trust_checkpoint, 'fuse_conv_bn': fuse_conv_bn}
+        flags = {'allow_random': allow_random, 'trust_checkpoint': trust_checkpoint}
         for name, flag in flags.items():
             check_flag('FrozenTeacher', name, flag)
         for name, text in (('checkpoint', checkpoint), ('prefix', prefix)):
             if text is not None and not isinstance(text, (str, os.PathLike) if name == 'checkpoint' else str):
                 raise ConfigError(f'FrozenTeacher: `{name}` must be a string, got {shown(text)}.')
-        if not is_count(every) or not 1 <= every <= 10**9:
-            raise ConfigError(f'FrozenTeacher: `every` must be a whole number of at least 1, got {every!r}.')
-        self.fuse_conv_bn, self.every = fuse_conv_bn, every
-        self._execution = Execution(dtype=dtype, channels_last=channels_last, compiled=compile)
-        self.cache = None if cache is None else TeacherCache.from_config(cache)
+        self._execution = Execution(
+            dtype=dtype, channels_last=channels_last, compiled=compile, fuse_conv_bn=fuse_conv_bn
+        )
         if checkpoint is None and not allow_random:
             raise ConfigError(
                 'FrozenTeacher: `checkpoint` must name the weights of the teacher, got None. '
@@ -134,25 +125,16 @@ class FrozenTeacher(TeacherSource):
                 prefix=prefix or '',
                 prefix_key='prefix={} in `teacher`',
             )
-        self._made_of = ''
-        self._identity = ''
-        if self.cache is not None:
-            self.hooks = ('TeacherCacheHook',)
-            options = [fuse_conv_bn, self._execution.channels_last, dtype, compile]
-            self._made_of = hash_of([str(model_config(config, 'FrozenTeacher')), weights_hash(network), options])
-            self._identity = self._made_of
         network.requires_grad_(False)
         network.eval()  # which need not return the network
         self.network = network
-        if self._execution.channels_last:
-            nn.Module.to(network, memory_format=torch.channels_last)  # networks may have a `to` for devices alone
-        self._folded: dict[str, str] | None = None
+        self._execution.lay_out(network)
         self._shared = False
         self._convert: InputConversion | None = None
         self._calls: dict[Tap, int] = {}
         self._clone: set[Tap] = set()
         self._step = 0
-        self._alone = False  # images are run one by one
+        self._alone = False  # an image must be run alone to show the same each time
         self._route = 'tensor'
 
     def __deepcopy__(self, memo: dict) -> FrozenTeacher:
@@ -170,15 +152,10 @@ class FrozenTeacher(TeacherSource):
             config: not used.
 
         Raises:
-            ConfigError: one of the two preprocessors cannot be converted from or
-                to; or the outputs are to be cached, and the student's
-                preprocessor changes batches at random.
+            ConfigError: one of the two preprocessors cannot be converted from or to.
         """
         check_network(self.network)
         self._convert = InputConversion(student.data_preprocessor, self.network.data_preprocessor)
-        if self.cache is not None:
-            of_student = preprocessing(student.data_preprocessor, 'FrozenTeacher: `cache`')
-            self._identity = hash_of([self._made_of, of_student, preprocessing(self.network.data_preprocessor)])
 
     def _converted(
         self, inputs: Tensor, data_samples: Sequence[Any] | None
@@ -230,78 +207,24 @@ class FrozenTeacher(TeacherSource):
         if data_samples is None:
             routes = [route for route in routes if route != 'loss'] or routes
 
-        def forward(batch: Tensor, samples: Sequence[Any] | None, clone: Iterable[Tap] = ()) -> Capture:
+        def forward(batch: Tensor, clone: Iterable[Tap] = ()) -> Capture:
             with torch.no_grad(), own_stream(batch.device, watch=True) as draws:
                 seen, self._route = find_route(self.network, batch, samples, taps, routes, clone=clone, regions=regions)
             self._alone = self._alone or draws.any
             return seen
 
-        if self.fuse_conv_bn:
-            noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0)).to(images)
-            self._fold(lambda: forward(noise, samples, clone=taps).records, taps)
-        capture = forward(images, samples)
+        self._execution.fold(self.network, lambda: forward(_noise(images), clone=taps).records, taps)
+        capture = forward(images)
         self._clone = capture.changed_in_place()
         self._calls = capture.passes
         capture.records = self._covering(capture.records, size, images)
-        if self.cache is not None:
-            inside = [str(tap) for tap in taps if in_region_head(tap)]
-            if inside:
-                raise ConfigError(
-                    f'FrozenTeacher: `cache` must be left out where a RoI head is tapped, got {inside[0]!r}: what it '
-                    'shows depends on the regions that the student chooses in each step.'
-                )
-            drawing = [str(tap) for tap in taps if in_point_head(self.network, tap)]
-            if drawing:
-                raise ConfigError(
-                    f'FrozenTeacher: `cache` must be left out where a point head is tapped, got {drawing[0]!r}: what '
-                    'it shows depends on the points that the student draws in each step.'
-                )
-            self.cache.check_probe(capture.records, inputs.shape[1:])
-            self._check_alone(lambda batch, samples: forward(batch, samples, clone=taps).records, images, samples)
         return capture
-
-    def _check_alone(self, forward: Callable[..., dict[Tap, list[Tensor]]], images: Tensor, samples: Any) -> None:
-        """Find out whether an image may be run with others, where each is kept for itself."""
-        generator = torch.Generator().manual_seed(0)
-        noise = torch.randn((2, *images.shape[1:]), generator=generator).to(images)
-        alone, again = (forward(noise[1:], samples) for _ in range(2))
-        if not _close(again, alone):
-            raise _unsteady('cache', self.network)
-        both = forward(noise, None if samples is None else [*samples, *samples])
-        second = {tap: [tensor[1:] for tensor in found] for tap, found in both.items()}
-        self._alone = self._alone or not _close(second, alone)
 
     def _routes(self, taps: Sequence[Tap]) -> list[str]:
         """Ways to run the network that may pass the taps, the cheapest first."""
         if any(in_point_head(self.network, tap) for tap in taps):
             return ['loss']  # inference looks at other points
         return ['features', 'loss'] if all(map(in_features, taps)) else ['tensor', 'predict', 'loss']
-
-    def _fold(self, forward: Callable[[], dict[Tap, list[Tensor]]], taps: Iterable[Tap]) -> None:
-        """Fold what no tap names, once; later taps must leave what is folded alone."""
-        named = {tap.module: str(tap) for tap in taps}
-        if self._folded is None:
-            before = forward()
-            if not _close(forward(), before):
-                raise _unsteady('fuse_conv_bn', self.network)
-            self._folded = fold_batch_norm(self.network, forward, keep=named)
-            after = forward()
-            for tap, tensors in before.items():
-                for old, new in zip(tensors, after[tap], strict=True):
-                    if not torch.allclose(old, new, rtol=1e-3, atol=1e-3 * float(old.abs().max())):
-                        raise ConfigError(
-                            f'FrozenTeacher: `fuse_conv_bn` must not change what the network computes, got a '
-                            f'difference of up to {float((old - new).abs().max()):.3g} at {str(tap)!r}. '
-                            f'{type(self.network).__name__} cannot be folded: set fuse_conv_bn=False.'
-                        )
-            print_log(f'{len(self._folded)} BatchNorms of the teacher are folded into convolutions.', 'current')
-        for norm, convolution in self._folded.items():
-            if norm in named or convolution in named:
-                raise TapError(
-                    f'FrozenTeacher: `tap` must not name a folded BatchNorm or its convolution, got '
-                    f'{named.get(norm, named.get(convolution))!r} ({norm!r} is folded into {convolution!r} already). '
-                    'Name all taps when the distiller is built, or set fuse_conv_bn=False.'
-                )
 
     def observe(
         self,
@@ -327,32 +250,8 @@ class FrozenTeacher(TeacherSource):
             For each tap its tensors in the order of the calls, without graph.
         """
         taps = tuple(dict.fromkeys(taps))
-        if not isinstance(inputs, Tensor):
-            branches = f' of {sorted(map(str, inputs))}' if isinstance(inputs, Mapping) else ''
-            raise ConfigError(
-                f'FrozenTeacher: `inputs` must be one batch of images, got {type(inputs).__name__}{branches}. Batches '
-                'in branches (semi-supervised training) cannot be distilled: give the student a data preprocessor '
-                'that makes one batch.'
-            )
-        if self.cache is None:
-            return self._run(inputs, data_samples, taps, regions, self._step)[0]
-        identity = hash_of([self._identity, self._execution.precision(inputs.device), self._alone])
-        whole = self._execution.compiled and not self._alone
-        return self.cache.serve(identity, inputs, data_samples, taps, self._kept(taps), whole=whole)
-
-    def _kept(self, taps: tuple[Tap, ...]) -> Callable[[Tensor, Sequence[Any] | None], dict[Tap, list[Tensor]]]:
-        """Runs a batch so that what an image shows does not depend on the step or on the other images."""
-
-        def run(inputs: Tensor, data_samples: Sequence[Any] | None) -> dict[Tap, list[Tensor]]:
-            if not self._alone:
-                records, self._alone = self._run(inputs, data_samples, taps, None, 0, watch=True)
-                if not self._alone or len(inputs) == 1:
-                    return records
-            singles = [(inputs[i : i + 1], data_samples and data_samples[i : i + 1]) for i in range(len(inputs))]
-            parts = [self._run(image, sample, taps, None, 0)[0] for image, sample in singles]
-            return {tap: [torch.cat(rows) for rows in zip(*(part[tap] for part in parts), strict=True)] for tap in taps}
-
-        return run
+        check_one_batch(type(self).__name__, inputs)
+        return self._run(inputs, data_samples, taps, regions, self._step)[0]
 
     def _run(
         self,
@@ -392,36 +291,93 @@ class FrozenTeacher(TeacherSource):
         self.network._apply(function)
         self._execution = self._execution.renewed()
 
-    def interval_factor(self, step: int, taps: Iterable[Tap] = ()) -> float:
-        """``every`` at each step that is a multiple of it, else 0; the random stream is that of this step.
+    def set_progress(self, step: int, last: int) -> None:
+        """Draw from the random stream of this step.
 
         Args:
             step: iterations done so far.
-            taps: not used.
-
-        Returns:
-            The factor of all terms.
+            last: iterations of the training.
         """
         self._step = step
-        return float(self.every) if step % self.every == 0 else 0.0
-
-    def without_cache(self) -> None:
-        """Run for each batch from now on, and write nothing."""
-        self.cache = None
-
-    def held_networks(self) -> list[nn.Module]:
-        """Its network, and the copy that was cast for ``dtype``, once there is one."""
-        cast = self._execution.cast_network
-        return [self.network] if cast is None else [self.network, cast]
 
     @property
-    def is_compiled(self) -> bool:
-        """Whether it runs compiled; no longer where compiling has failed."""
+    def compiled(self) -> bool:  # type: ignore[override]
+        """Whether it runs through a compiler; not where that has failed."""
         return self._execution.compiled
 
-    def report(self) -> list[str]:
-        """What the cache gave, if there is one."""
-        return [] if self.cache is None else [self.cache.report()]
+    def held_modules(self) -> list[nn.Module]:
+        """The network, and its copy in low precision where there is one."""
+        return self._execution.held_modules(self.network)
+
+    # --- as a function of the image, for a cache ---
+
+    def fingerprint(self) -> str:
+        """Hash of config, weights and options, as long as no probe has folded a weight."""
+        config = str(model_config(self.source, type(self).__name__))
+        return hash_of([config, weights_hash(self.network), self._execution.options()])
+
+    def run_state(self, device: torch.device) -> list[Any]:
+        """The precision that it runs in there, now, and whether it runs image by image.
+
+        Args:
+            device: of the images.
+        """
+        return [self._execution.precision(device), self._alone]
+
+    @property
+    def wants_whole_batches(self) -> bool:
+        """Whether each size of batch is compiled anew."""
+        return self._execution.compiled and not self._alone
+
+    def check_repeatable(self, inputs: Tensor, data_samples: Sequence[Any] | None, taps: Sequence[Tap]) -> None:
+        """Find out whether an image may be run with others: not where it then shows something else.
+
+        Args:
+            inputs: one image in the student's normalisation.
+            data_samples: its sample, or ``None``.
+            taps: those that were probed.
+
+        Raises:
+            ConfigError: it shows something else of the same image each time.
+        """
+        images, samples, size = self._converted(inputs, data_samples)
+        regions = probe_regions(len(inputs), size)
+
+        def forward(batch: Tensor, samples: Sequence[Any] | None) -> dict[Tap, list[Tensor]]:
+            with torch.no_grad(), own_stream(batch.device, watch=True) as draws:
+                seen, _ = find_route(self.network, batch, samples, taps, [self._route], clone=taps, regions=regions)
+            self._alone = self._alone or draws.any
+            return seen.records
+
+        both = torch.cat([_noise(images, seed) for seed in range(2)])
+        alone, again = (forward(both[1:], samples) for _ in range(2))
+        if not agree(again, alone):
+            raise unsteady('cache', self.network)
+        together = forward(both, None if samples is None else [*samples, *samples])
+        second = {tap: [tensor[1:] for tensor in found] for tap, found in together.items()}
+        self._alone = self._alone or not agree(second, alone)
+
+    def observe_each(
+        self, inputs: Tensor, data_samples: Sequence[Any] | None, taps: Sequence[Tap]
+    ) -> dict[Tap, list[Tensor]]:
+        """Run images one by one where they depend on each other, and from the random stream of step 0.
+
+        Args:
+            inputs: a batch, or a part of one, in the student's normalisation.
+            data_samples: one per image, or ``None``.
+            taps: taps that were probed.
+
+        Returns:
+            For each tap its tensors, without graph.
+        """
+        taps = tuple(taps)
+        if not self._alone:
+            records, self._alone = self._run(inputs, data_samples, taps, None, 0, watch=True)
+            if not self._alone or len(inputs) == 1:
+                return records
+        singles = [(inputs[i : i + 1], data_samples and data_samples[i : i + 1]) for i in range(len(inputs))]
+        parts = [self._run(image, sample, taps, None, 0)[0] for image, sample in singles]
+        return {tap: [torch.cat(rows) for rows in zip(*(part[tap] for part in parts), strict=True)] for tap in taps}
 
     def provenance(self) -> dict[str, Any]:
         """Config, checkpoint and its SHA-256."""
@@ -434,23 +390,6 @@ class FrozenTeacher(TeacherSource):
         }
 
 
-def _close(first: Mapping[Tap, Sequence[Tensor]], second: Mapping[Tap, Sequence[Tensor]]) -> bool:
-    """Whether tensors agree but for rounding."""
-
-    def close(one: Tensor, two: Tensor) -> bool:
-        largest = float(two.abs().nan_to_num().max()) if two.numel() else 0.0
-        return one.shape == two.shape and torch.allclose(one, two, rtol=1e-3, atol=1e-3 * largest, equal_nan=True)
-
-    return all(
-        close(one.double(), two.double()) for tap in second for one, two in zip(first[tap], second[tap], strict=True)
-    )
-
-
-def _unsteady(option: str, network: nn.Module) -> ConfigError:
-    """The error for a network that shows something else each time it is asked."""
-    return ConfigError(
-        f'FrozenTeacher: `{option}` must have a teacher that shows the same of the same image, got '
-        f'{type(network).__name__}, which differs from one run to the next: it keeps a state, or draws random numbers '
-        'from a stream of its own (torch.Generator, numpy.random.default_rng). Those of torch, numpy and Python are '
-        f'seeded for it. Leave `{option}` out.'
-    )
+def _noise(images: Tensor, seed: int = 0) -> Tensor:
+    """Noise of the shape of some images, the same each time."""
+    return torch.randn(images.shape, generator=torch.Generator().manual_seed(seed)).to(images)

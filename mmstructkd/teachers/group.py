@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -216,15 +217,28 @@ class TeacherGroup(TeacherSource):
             )
         return factors.pop() if factors else 1.0
 
+    @property
+    def period(self) -> int:
+        """Steps after which what is asked of all members repeats."""
+        return math.lcm(*(member.period for member in self.members.values()))
+
+    def repeatable(self) -> str:
+        """No: some members may be, each for itself."""
+        return f'Each teacher has a cache of its own: give `cache` to one of {sorted(self.members)}.'
+
+    def cannot_rest(self) -> str:
+        """Why not: each member has a pace of its own."""
+        return f'Each teacher has a pace of its own: give `every` to one of {sorted(self.members)}.'
+
+    def held_modules(self) -> list[nn.Module]:
+        """Those of all members, each once."""
+        found = {id(one): one for member in self.members.values() for one in member.held_modules()}
+        return list(found.values())
+
     def without_cache(self) -> None:
         """Tell each member."""
         for member in self.members.values():
             member.without_cache()
-
-    def held_networks(self) -> list[nn.Module]:
-        """Those of all members, each once."""
-        found = {id(one): one for member in self.members.values() for one in member.held_networks()}
-        return list(found.values())
 
     def report(self) -> list[str]:
         """Those of all members, each with its name."""

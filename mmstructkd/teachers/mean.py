@@ -163,6 +163,14 @@ class TeacherMean(TeacherSource):
         """That of the first teacher."""
         return self._members[next(iter(self.weights))].num_classes(replace(tap))
 
+    def repeatable(self) -> str:
+        """No: it runs nothing."""
+        return 'It runs no network of its own: give `cache` to the teachers that it names in `of`.'
+
+    def cannot_rest(self) -> str:
+        """Why not: its teachers do."""
+        return 'It runs no network of its own: give `every` to the teachers that it names in `of`.'
+
     def provenance(self) -> dict[str, Any]:
         """Its weights."""
         return {'type': type(self).__name__, 'of': dict(self.weights), 'confidence': self.confidence}

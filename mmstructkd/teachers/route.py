@@ -33,8 +33,8 @@ class RouteTeacher(FrozenTeacher):
         route: ``dict(checkpoint=..., begin=...)`` for each, with ``begin`` the first
             iteration at which it teaches; 0 for the first one, which may leave it
             out.
-        **kwargs: options of a :class:`FrozenTeacher`. ``cache`` and
-            ``fuse_conv_bn`` hold for one set of weights and are refused.
+        **kwargs: options of a :class:`FrozenTeacher`. ``fuse_conv_bn`` (and
+            ``cache``) hold for one set of weights and are refused.
 
     Raises:
         ConfigError: the route is empty, or its steps do not increase from 0.
@@ -44,7 +44,7 @@ class RouteTeacher(FrozenTeacher):
     def __init__(self, config: str | Mapping[str, Any], route: Sequence[Mapping[str, Any]], **kwargs: Any) -> None:
         owner = type(self).__name__
         steps = self._steps(owner, route)
-        for name in ('cache', 'fuse_conv_bn', 'checkpoint', 'allow_random'):
+        for name in ('fuse_conv_bn', 'checkpoint', 'allow_random'):
             if kwargs.get(name):
                 raise ConfigError(
                     f'{owner}: `{name}` must be left out, got {kwargs[name]!r}. A route has several sets of weights, '
@@ -122,6 +122,13 @@ class RouteTeacher(FrozenTeacher):
                 f'{unreached[0]}. Shorten the route.'
             )
         self._show(max(place for place, begin in enumerate(self.begins) if begin <= step))
+
+    def repeatable(self) -> str:
+        """No: what it shows depends on the step as well."""
+        return (
+            'A route has several sets of weights, named in `route`, so that an image shows something else from step '
+            'to step: cache a FrozenTeacher.'
+        )
 
     def provenance(self) -> dict[str, Any]:
         """Config, and each step of the route with the SHA-256 of its file."""

@@ -14,10 +14,12 @@ from mmstructkd.errors import TapError, check_finite_number
 from mmstructkd.randomness import own_stream
 from mmstructkd.structures import Targets
 from mmstructkd.taps import Capture, Regions, Tap, find_route, in_features, in_region_head, tapped_forward
-from mmstructkd.teachers.base import Records, TeacherSource
+from mmstructkd.teachers.base import LEARNS, Records, TeacherSource
 from mmstructkd.terms import WeightSchedule
 
 __all__ = ['TrainedTeacher', 'scale_losses']
+
+_CHANGES = 'It learns in this training, so that an image shows something else at each step: nothing can be kept of it.'
 
 
 def scale_losses(losses: Mapping[str, Any], factor: float, prefix: str = '') -> dict[str, Any]:
@@ -112,6 +114,14 @@ class TrainedTeacher(TeacherSource):
     def has_learned(self, tap: Tap) -> bool:
         """It learns in this training."""
         return False
+
+    def repeatable(self) -> str:
+        """No: its weights are others at each step."""
+        return _CHANGES
+
+    def cannot_rest(self) -> str:
+        """Why not: it has to learn."""
+        return LEARNS
 
     def set_progress(self, step: int, last: int) -> None:
         """Follow the schedule of the task's weight.

@@ -190,6 +190,10 @@ class ViewTeacher(TeacherSource):
         """It learns in this training."""
         return False
 
+    def repeatable(self) -> str:
+        """No: it is the student, or follows it."""
+        return 'It follows the student, so that an image shows something else at each step: nothing can be kept of it.'
+
     def set_progress(self, step: int, last: int) -> None:
         """Before the first step the average takes the initial weights.
 

@@ -21,10 +21,12 @@ from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
 from mmstructkd.checkpoints import read_checkpoint
-from mmstructkd.distillers import FrozenTeacher, StructuredDistiller
+from mmstructkd.distillers import StructuredDistiller
 from mmstructkd.errors import CheckpointError, ConfigError
 from mmstructkd.registry import MODELS
 from mmstructkd.taps import Tap
+from mmstructkd.teachers.base import TeacherSource
+from mmstructkd.teachers.building import build_source
 from mmstructkd.teachers.cache import TeacherCache
 from mmstructkd.teachers.loading import build_network
 from mmstructkd.teachers.tap_store import MAGIC, PackedTensor, TapStore, pack_tensor, unpack_tensor
@@ -47,10 +49,10 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / 'cache'
 
 
-def build(weights: str, folder: Path | None, *, teacher: dict | None = None, **cache: Any) -> FrozenTeacher:
+def build(weights: str, folder: Path | None, *, teacher: dict | None = None, **cache: Any) -> TeacherSource:
     """A teacher that was probed at the logits and the backbone."""
     options = {} if folder is None else dict(cache=dict(folder=str(folder), check=0, **cache))
-    made = FrozenTeacher(toy_segmentor(8), weights, **options, **(teacher or {}))
+    made = build_source(dict(config=toy_segmentor(8), checkpoint=weights, **options, **(teacher or {})))
     made.attach(MODELS.build(toy_segmentor(4)))
     made.probe(torch.zeros(1, 3, 64, 128), None, [LOGITS, FEATURE])
     return made
@@ -66,7 +68,7 @@ def batch(*names: str, seed: int = 0, size: tuple[int, int] = (48, 64)) -> dict[
 
 
 @contextlib.contextmanager
-def runs(teacher: FrozenTeacher) -> Iterator[list[int]]:
+def runs(teacher: TeacherSource) -> Iterator[list[int]]:
     """How many images each run of the network gets."""
     seen: list[int] = []
     handle = teacher.network.backbone.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
@@ -74,7 +76,7 @@ def runs(teacher: FrozenTeacher) -> Iterator[list[int]]:
     handle.remove()
 
 
-def show(teacher: FrozenTeacher, data: dict[str, Any], taps: tuple[Tap, ...] = (LOGITS, FEATURE)) -> list[torch.Tensor]:
+def show(teacher: TeacherSource, data: dict[str, Any], taps: tuple[Tap, ...] = (LOGITS, FEATURE)) -> list[torch.Tensor]:
     records = teacher.observe(data['inputs'], data['data_samples'], taps)
     return [tensor for tap in taps for tensor in records[tap]]
 
@@ -132,10 +134,9 @@ def test_with_a_compiler_the_whole_batch_runs(weights: str, folder: Path, monkey
     teacher = build(weights, folder, teacher=dict(compile=True))
     show(teacher, batch('a'))
     sizes = []
-    original = teacher._execution.run
-    monkeypatch.setattr(
-        teacher._execution, 'run', lambda n, x, *a, **k: sizes.append(len(x)) or original(n, x, *a, **k)
-    )
+    execution = teacher.wrapped._execution
+    original = execution.run
+    monkeypatch.setattr(execution, 'run', lambda n, x, *a, **k: sizes.append(len(x)) or original(n, x, *a, **k))
     mixed = show(teacher, batch('a', 'b'))[0]
     assert sizes == [2]
     assert distance(mixed, show(build(weights, None), batch('a', 'b'))[0]) < 1e-3
@@ -149,7 +150,7 @@ def test_whatever_decides_the_tensor_is_in_the_key(change: str, weights: str, fo
     data = batch('a')
     show(build(weights, folder), data)
     count = len(files(folder))
-    teacher: FrozenTeacher | None = None
+    teacher: TeacherSource | None = None
     context: Any = contextlib.nullcontext()
     if change == 'pixels':
         data['inputs'][0, 0, 0, 0] += 1e-3
@@ -177,7 +178,7 @@ def test_whatever_decides_the_tensor_is_in_the_key(change: str, weights: str, fo
             config.data_preprocessor.mean = [1.0, 2.0, 3.0]
         else:
             config.backbone.dilations = (1, 1, 1, 1)
-        teacher = FrozenTeacher(config, weights, cache=dict(folder=str(folder), check=0))
+        teacher = build_source(dict(config=config, checkpoint=weights, cache=dict(folder=str(folder), check=0)))
         teacher.attach(MODELS.build(toy_segmentor(4)))
         teacher.probe(torch.zeros(1, 3, 64, 128), None, [LOGITS, FEATURE])
     teacher = teacher or build(weights, folder)
@@ -366,7 +367,7 @@ def test_whole_files_of_other_shapes_are_absent(
         assert torch.equal(show(teacher, batch('a', 'b'), taps=(LOGITS,))[0], expected)
 
 
-def plausible(weights: str, folder: Path, *names: str) -> FrozenTeacher:
+def plausible(weights: str, folder: Path, *names: str) -> TeacherSource:
     """A fresh teacher that was probed at a small size, and files of a shape that it may take for right."""
     show(build(weights, folder), batch(*names, size=(50, 70)), taps=(LOGITS,))
     fresh = build(weights, folder)

@@ -24,6 +24,8 @@ from mmstructkd.errors import ConfigError
 from mmstructkd.randomness import own_stream
 from mmstructkd.registry import MODELS
 from mmstructkd.taps import Tap
+from mmstructkd.teachers.base import TeacherSource
+from mmstructkd.teachers.building import build_source
 from mmstructkd.teachers.loading import build_network
 from mmstructkd.testing import toy_batch, toy_config, toy_distiller, toy_segmentor
 
@@ -113,15 +115,15 @@ DRAWING = {
 every_kind = pytest.mark.parametrize('kind', list(DRAWING))
 
 
-def build(config: ConfigDict, probe: tuple[int, int] = (64, 128), **options: Any) -> FrozenTeacher:
+def build(config: ConfigDict, probe: tuple[int, int] = (64, 128), **options: Any) -> TeacherSource:
     torch.manual_seed(0)
-    teacher = FrozenTeacher(config, allow_random=True, **options)
+    teacher = build_source(dict(config=config, allow_random=True, **options))
     teacher.attach(MODELS.build(toy_segmentor(4)))
     teacher.probe(torch.zeros(1, 3, *probe), None, [LOGITS, FEATURE])
     return teacher
 
 
-def show(teacher: FrozenTeacher, inputs: Tensor) -> Tensor:
+def show(teacher: TeacherSource, inputs: Tensor) -> Tensor:
     return teacher.observe(inputs, None, [LOGITS])[LOGITS][0]
 
 
@@ -199,11 +201,11 @@ def test_the_same_at_the_same_step(kind: str) -> None:
     before = streams()
     first, again = show(teacher, inputs), show(teacher, inputs)
     assert torch.equal(first, again)
-    teacher.interval_factor(5)
+    teacher.set_progress(5, 10)
     later = show(teacher, inputs)
     assert not torch.equal(later, first)
     assert torch.equal(show(copy.deepcopy(teacher), inputs), later)
-    teacher.interval_factor(0)
+    teacher.set_progress(0, 10)
     assert torch.equal(show(teacher, inputs), first)
     assert streams() == before
 
@@ -289,7 +291,7 @@ def test_what_is_kept_of_an_image_does_not_depend_on_its_batch(kind: str, tmp_pa
         cache = dict(folder=str(tmp_path / str(len(kept))), check=1, dtype='fp32')
         teacher = build(config(), probe=(16, 24), cache=cache)
         for step in steps:
-            teacher.interval_factor(step)
+            teacher.set_progress(step, 10)
             first = show(teacher, images[list(order)])
         again = show(teacher, images[list(order)])  # from the files, compared with the live teacher
         if kind != 'seldom':  # what was kept before the first draw is kept under another name

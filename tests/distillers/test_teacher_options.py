@@ -20,6 +20,7 @@ from mmstructkd.registry import MODELS
 from mmstructkd.taps import Tap
 from mmstructkd.teachers import TeacherGroup, execution
 from mmstructkd.teachers import frozen as teacher
+from mmstructkd.teachers.building import build_source
 from mmstructkd.teachers.folding import fold_batch_norm
 from mmstructkd.teachers.loading import build_network
 from mmstructkd.testing import toy_batch, toy_config, toy_detector, toy_distiller, toy_segmentor
@@ -193,7 +194,7 @@ def test_low_precision_is_the_teachers_alone(name: str, dtype: torch.dtype, weig
     model = build(weights, dtype=name)
     seen = []
     outputs(model)
-    for module in model.teacher.held_networks()[-1].modules():
+    for module in model.teacher.held_modules()[-1].modules():
         if isinstance(module, nn.Conv2d):
             assert module.weight.dtype == dtype
             module.register_forward_hook(lambda m, a, o: seen.append(o.dtype))
@@ -266,7 +267,7 @@ def test_compiled_is_the_same_teacher(weights: str, traced: list[str]) -> None:
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in cheap.teacher.network.modules())
 
 
-def test_a_pyramid_is_compiled_up_to_its_neck(traced: list[str]) -> None:
+def test_a_pyramid_compiled_up_to_its_neck(traced: list[str]) -> None:
     teacher = FrozenTeacher(toy_detector('retinanet', 4), allow_random=True, compile=True)
     tap, batch = Tap.parse('neck[*]'), torch.randn(1, 3, 64, 64)
     samples = None
@@ -291,7 +292,7 @@ def test_a_compiler_that_fails_is_done_without(place: str, weights: str, monkeyp
     monkeypatch.setattr(torch, 'compile', fails if place == 'build' else lambda *args, **kwargs: fails)
     plain, cheap = build(weights), build(weights, compile=True)
     assert torch.equal(outputs(cheap)[LOGITS][0], outputs(plain)[LOGITS][0])
-    assert not cheap.teacher.is_compiled
+    assert not cheap.teacher.compiled
     outputs(cheap)
     (text,) = said  # once
     assert 'goes on without (RuntimeError: no compiler here)' in text
@@ -301,7 +302,7 @@ def test_a_compiler_that_fails_is_done_without(place: str, weights: str, monkeyp
 def test_compiled_in_earnest(weights: str) -> None:
     plain, cheap = build(weights), build(weights, compile=True, fuse_conv_bn=True)
     seen, expected = outputs(cheap), outputs(plain)
-    assert cheap.teacher.is_compiled
+    assert cheap.teacher.compiled
     for tap, tensors in expected.items():
         assert deviation(seen[tap][0], tensors[0]) <= TOLERANCE['compile']
 
@@ -312,10 +313,10 @@ def test_the_networks_that_are_held_are_told(options: dict, copies: int, weights
     group = TeacherGroup(first=teacher, second=teacher)
     model = build(weights, **options)
     outputs(model)
-    held = model.teacher.held_networks()
+    held = model.teacher.held_modules()
     assert held[0] is model.teacher.network
     assert len(held) == 1 + copies
-    assert group.held_networks() == teacher.held_networks()  # each once, however often it is a member
+    assert group.held_modules() == teacher.held_modules()  # each once, however often it is a member
 
 
 def test_a_moved_or_copied_teacher_keeps_its_options(weights: str) -> None:
@@ -323,7 +324,7 @@ def test_a_moved_or_copied_teacher_keeps_its_options(weights: str) -> None:
     before = outputs(model)[LOGITS][0]
     twin = copy.deepcopy(model).to('cpu')
     assert torch.equal(outputs(twin)[LOGITS][0], before)
-    assert twin.teacher.held_networks()[-1] is not model.teacher.held_networks()[-1]
+    assert twin.teacher.held_modules()[-1] is not model.teacher.held_modules()[-1]
 
 
 # --- every k-th step -----------------------------------------------------------------------------------------
@@ -438,8 +439,8 @@ def test_refuses_before_anything_is_built(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(teacher, 'build_network', None)  # calling it would fail
-    with pytest.raises(ConfigError, match=f'^FrozenTeacher: {message}'):
-        FrozenTeacher(toy_segmentor(8), allow_random=True, **options)
+    with pytest.raises(ConfigError, match=f'`teacher` cannot be built. FrozenTeacher: {message}'):
+        build_source(dict(config=toy_segmentor(8), allow_random=True, **options))
     assert not list(tmp_path.iterdir())
 
 
