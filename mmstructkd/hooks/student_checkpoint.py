@@ -226,11 +226,17 @@ class StudentCheckpointHook(Hook):
             runner.optim_wrapper.gradients_kept = True
 
     def before_train(self, runner: Runner) -> None:
-        """Let the data go on where they stopped.
+        """See that nothing is frozen that has no weights yet; let the data go on where they stopped.
 
         Args:
             runner: the runner.
+
+        Raises:
+            ConfigError: see :meth:`mmstructkd.models.ResidualBackbone.check_weights`.
         """
+        for module in self._model(runner).student.modules():
+            if hasattr(module, 'check_weights'):
+                module.check_weights()
         self._epoch, self._epoch_begin = runner.epoch, runner.iter
         if self._saved is None:
             return
