@@ -29,6 +29,7 @@ from mmstructkd.distillers.probing import (
     probe_sizes,
     probe_student,
 )
+from mmstructkd.distillers.stages import Stage, compile_terms, freeze_statistics, parse_stages, stage_at
 from mmstructkd.distillers.step_record import Fault, StepRecord, explain
 from mmstructkd.errors import CheckpointError, ConfigError, TapError, check_finite_number, shown, suggest
 from mmstructkd.functional.sharing import sharing
@@ -146,6 +147,13 @@ class StructuredDistiller(BaseModel):
             BatchNorm act at 0 as well.
         task_schedule: config of a :class:`WeightSchedule` for that factor.
         streams: configs of other batches by name, for terms with ``on='<name>'``.
+        stages: parts of the training by iterations, a list of dicts: ``end`` (all but
+            the last), ``terms`` that count (default: all), ``task_weight`` (times that
+            of the distiller), and ``freeze``, modules of the student that stay as they
+            are: no update, no decay, no share in the norm that is clipped, BatchNorm in
+            eval. The gradient still passes through them.
+        training_state_from: checkpoint of a distilled run whose connectors and critics
+            this run begins with, for terms of the same name and shape.
 
     Raises:
         ConfigError: a value cannot be used (terms, losses, teacher's classes).
@@ -174,6 +182,8 @@ class StructuredDistiller(BaseModel):
         task_weight: float = 1.0,
         task_schedule: dict | None = None,
         streams: dict | None = None,
+        stages: Sequence[dict] | None = None,
+        training_state_from: str | None = None,
     ) -> None:
         probe_size = check_probe_size(probe_size)
         check_finite_number('StructuredDistiller', 'task_weight', task_weight, minimum=0)
@@ -197,6 +207,12 @@ class StructuredDistiller(BaseModel):
         self.task_schedule = WeightSchedule.from_config(task_schedule, 'StructuredDistiller: `task_schedule`')
         self.task_factor = self.task_schedule.factor(0, 1)
         self.step = 0
+        if training_state_from is not None and (not isinstance(training_state_from, str) or not training_state_from):
+            raise ConfigError(
+                'StructuredDistiller: `training_state_from` must be the path of a checkpoint, got '
+                f'{shown(training_state_from)}.'
+            )
+        self.training_state_from = training_state_from
         self.streams = build_streams(streams)
         if any(stream.reads_data for stream in self.streams.values()):
             names = [name for name, stream in self.streams.items() if stream.reads_data]
@@ -204,6 +220,9 @@ class StructuredDistiller(BaseModel):
         with random_state_kept():
             self.terms = parse_terms(terms)
             self._check_student_taps()
+            self.stages = parse_stages(stages, self.terms, self.student)
+            compile_terms(self.stages, self.terms)
+            self.stage: Stage | None = stage_at(self.stages, 0)
             self._stages = pair_stages((t.name, t.student_taps, t.teacher_taps) for t in self.terms.values())
             for term in self.terms.values():
                 term.branches = branches_of(self.student)
@@ -596,7 +615,31 @@ class StructuredDistiller(BaseModel):
         """
         self.step = step
         self.task_factor = self.task_schedule.factor(step, last)
+        stage = stage_at(self.stages, step)
+        if stage is not None:
+            self.task_factor *= stage.task_weight
+            if stage is not self.stage:
+                self.stage = stage
+                self.train(self.training)  # what was frozen goes back to the student's own modes
         self._teacher.set_progress(step, last)
+
+    def train(self, mode: bool = True) -> StructuredDistiller:
+        """Set the mode; statistics of what the stage freezes stay as they are."""
+        super().train(mode)
+        if mode and self.stage is not None:
+            freeze_statistics(self.student, self.stage.freeze)
+        return self
+
+    def frozen_parameters(self) -> Iterator[nn.Parameter]:
+        """Parameters that the stage keeps as they are.
+
+        Their ``requires_grad`` stays: processes that share gradients have been told what to wait for.
+
+        Yields:
+            Each of them; one that lies in two frozen modules twice.
+        """
+        for name in () if self.stage is None else self.stage.freeze:
+            yield from self.student.get_submodule(name).parameters()
 
     def auxiliary_parameters(self) -> tuple[list[nn.Parameter], list[tuple[dict, list[nn.Parameter]]]]:
         """Parameters that only training needs.
@@ -658,6 +701,40 @@ class StructuredDistiller(BaseModel):
                 'Start anew from its student with load_from=.'
             ) from err
 
+    def carry_training_state(self, state: Any) -> list[str]:
+        """Begin with what the terms of another training have learned.
+
+        Args:
+            state: its :meth:`training_state`.
+
+        Returns:
+            Names of the terms that have taken theirs.
+
+        Raises:
+            CheckpointError: there is no such state, or a term of the same name has other parts.
+        """
+        kept = state.get('terms') if isinstance(state, Mapping) else None
+        if not isinstance(kept, Mapping):
+            raise CheckpointError(
+                f'StructuredDistiller: `training_state_from` must be a checkpoint of a distilled run, got '
+                f'{self.training_state_from!r}, which holds no terms. Leave it out: load_from= takes the student.'
+            )
+        taken = []
+        for name, term in self.terms.items():
+            begin = f'{name}.'
+            part = {key.removeprefix(begin): value for key, value in kept.items() if key.startswith(begin)}
+            if not part:
+                continue
+            try:
+                term.load_state_dict(part)
+            except RuntimeError as err:
+                raise CheckpointError(
+                    f'term {name!r}: `training_state_from` must hold what the term trains, got another of that name. '
+                    f'{err} Rename the term to let it start anew.'
+                ) from err
+            taken.append(name)
+        return taken
+
     def prepare_runner(self, runner: Runner) -> None:
         """Ask the runner for what the promises need; called when its hooks are registered.
 
@@ -675,7 +752,7 @@ class StructuredDistiller(BaseModel):
                 'are set anew each step and end the teacher early, which torch.compile of train_step cannot trace.'
             )
         present = {type(hook).__name__ for hook in runner.hooks}
-        for name in (*RUNNER_HOOKS, *self._teacher.hooks):
+        for name in (*RUNNER_HOOKS, *(('StageHook',) if self.stages else ()), *self._teacher.hooks):
             if name not in present:
                 runner.register_hook(HOOKS.build({'type': f'mmstructkd.{name}'}))
         prepare_to_resume(runner)

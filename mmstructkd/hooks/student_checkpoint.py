@@ -16,6 +16,7 @@ from mmengine.model import is_model_wrapper
 from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner
 from torch.utils.data import DataLoader
 
+from mmstructkd.checkpoints import IN_CONFIG, local_checkpoint, read_checkpoint, trusts
 from mmstructkd.compat import advance_training_data, reseed_workers
 from mmstructkd.distillers.plain_config import plain_config
 from mmstructkd.registry import HOOKS
@@ -237,6 +238,7 @@ class StudentCheckpointHook(Hook):
         for module in self._model(runner).student.modules():
             if hasattr(module, 'check_weights'):
                 module.check_weights()
+        self._carry(runner)
         self._epoch, self._epoch_begin = runner.epoch, runner.iter
         if self._saved is None:
             return
@@ -268,6 +270,18 @@ class StudentCheckpointHook(Hook):
                     'The data of the resumed run cannot go on exactly: a step of the pipeline keeps images of before, '
                     'or the dataloader is of a kind of its own.'
                 )
+
+    def _carry(self, runner: Runner) -> None:
+        """Let a new run begin with the connectors and critics of the one before."""
+        model = self._model(runner)
+        if model.training_state_from is None or runner.iter > 0:
+            return
+        trust = trusts(runner.cfg)
+        content = read_checkpoint(local_checkpoint(model.training_state_from), trust=trust, how=IN_CONFIG)
+        taken = model.carry_training_state(content.get(KEY))
+        runner.logger.info(
+            f'{model.training_state_from}: what it trained of {", ".join(taken) or "no term"} is taken over.'
+        )
 
     @staticmethod
     def _count_scores(runner: Runner, saved: dict[str, Any]) -> None:
