@@ -40,6 +40,7 @@ from mmstructkd.structures import Targets
 from mmstructkd.taps import (
     Capture,
     ForwardFailed,
+    Gates,
     RegionRecorder,
     Regions,
     Tap,
@@ -154,6 +155,9 @@ class StructuredDistiller(BaseModel):
             eval. The gradient still passes through them.
         training_state_from: checkpoint of a distilled run whose connectors and critics
             this run begins with, for terms of the same name and shape.
+        gates: modules of the student behind which no gradient passes: what lies between
+            two of them learns from the terms that are tapped there, and the task trains
+            what lies behind the last. A tap at a gate sees what comes before it.
 
     Raises:
         ConfigError: a value cannot be used (terms, losses, teacher's classes).
@@ -184,6 +188,7 @@ class StructuredDistiller(BaseModel):
         streams: dict | None = None,
         stages: Sequence[dict] | None = None,
         training_state_from: str | None = None,
+        gates: Sequence[str] = (),
     ) -> None:
         probe_size = check_probe_size(probe_size)
         check_finite_number('StructuredDistiller', 'task_weight', task_weight, minimum=0)
@@ -222,6 +227,7 @@ class StructuredDistiller(BaseModel):
             self._check_student_taps()
             self.stages = parse_stages(stages, self.terms, self.student)
             compile_terms(self.stages, self.terms)
+            self.gates = self._gate_names(gates)
             self.stage: Stage | None = stage_at(self.stages, 0)
             self._stages = pair_stages((t.name, t.student_taps, t.teacher_taps) for t in self.terms.values())
             for term in self.terms.values():
@@ -274,6 +280,18 @@ class StructuredDistiller(BaseModel):
                         f'term {term.name!r}: `on` must be {LABELLED!r} for taps in a RoI head, got {name!r}. Its '
                         'regions are chosen with the labels of the batch: tap the neck.'
                     )
+
+    def _gate_names(self, gates: Any) -> tuple[str, ...]:
+        """Read the names of modules behind which no gradient passes."""
+        names = list(gates) if isinstance(gates, (list, tuple)) else None
+        if names is None or not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
+            raise ConfigError(
+                f'StructuredDistiller: `gates` must be a list of modules of the student, each once, got {shown(gates)}.'
+                " Example: gates=['backbone.layer2', 'backbone.layer3']."
+            )
+        for name in names:
+            Tap(name).resolve(self.student, 'StructuredDistiller: `gates`')
+        return tuple(names)
 
     def _check_student_taps(self) -> None:
         """Resolve the student's taps before anything expensive is done."""
@@ -341,7 +359,7 @@ class StructuredDistiller(BaseModel):
                 for size in sizes:
                     role = 'student'
                     try:
-                        seen = probe_student(self.student, list(owners), size, owners)
+                        seen = probe_student(self.student, list(owners), size, owners, self.gates)
                         role = 'teacher'
                         more: dict[str, Any] = {'regions': seen.regions} if seen.chosen else {}
                         more.update(student=seen.capture.records, targets=self._known(seen.inputs))
@@ -540,6 +558,7 @@ class StructuredDistiller(BaseModel):
             if on_regions
             else contextlib.nullcontext() as recorder,
             recorded_points(self.student) if on_points else contextlib.nullcontext([]) as points,
+            Gates(self.student, self.gates),
             Capture(self.student, student_taps, clone=self._clone) as capture,
         ):
             losses = self.student(inputs, data_samples, mode='loss')
@@ -595,9 +614,10 @@ class StructuredDistiller(BaseModel):
             module.training = False
         try:
             route = 'features' if all(map(in_features, student_taps)) else 'tensor'
-            capture = tapped_forward(
-                self.student, batch.inputs, batch.data_samples, student_taps, clone=self._clone, route=route
-            )
+            with Gates(self.student, self.gates):
+                capture = tapped_forward(
+                    self.student, batch.inputs, batch.data_samples, student_taps, clone=self._clone, route=route
+                )
         finally:
             for module in norms:
                 module.training = True

@@ -9,6 +9,7 @@ from mmstructkd.taps.forward import (
     run_tapped,
     tapped_forward,
 )
+from mmstructkd.taps.gates import Gates, before_gate
 from mmstructkd.taps.points import Sampled, in_point_head, recorded_points, with_points
 from mmstructkd.taps.regions import (
     RegionRecorder,
@@ -25,10 +26,12 @@ __all__ = [
     'Capture',
     'ForwardFailed',
     'ForwardStopped',
+    'Gates',
     'RegionRecorder',
     'Regions',
     'Sampled',
     'Tap',
+    'before_gate',
     'find_route',
     'in_features',
     'in_point_head',
