@@ -18,6 +18,7 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from mmstructkd.checkpoints import IN_CONFIG, local_checkpoint, read_checkpoint, trusts
 from mmstructkd.compat import alone, prepare_to_resume
 from mmstructkd.distillers.probing import (
     Probe,
@@ -70,6 +71,7 @@ from mmstructkd.terms.term import Term, parse_terms
 __all__ = ['StructuredDistiller']
 
 STUDENT = 'student.'
+STATE = 'mmstructkd'  # where StudentCheckpointHook puts what only training needs
 STUDENT_KEYS = (
     *('backbone', 'neck', 'decode_head', 'auxiliary_head', 'bbox_head', 'rpn_head', 'roi_head', 'mask_head'),
     *('train_cfg', 'test_cfg', 'pretrained', 'init_cfg'),
@@ -721,18 +723,23 @@ class StructuredDistiller(BaseModel):
                 'Start anew from its student with load_from=.'
             ) from err
 
-    def carry_training_state(self, state: Any) -> list[str]:
-        """Begin with what the terms of another training have learned.
+    def carry_training_state(self, cfg: Mapping[str, Any]) -> list[str]:
+        """Begin with what the terms of another training have learned, from ``training_state_from``.
 
         Args:
-            state: its :meth:`training_state`.
+            cfg: config of the run, which may allow a file that needs more than weights.
 
         Returns:
             Names of the terms that have taken theirs.
 
         Raises:
-            CheckpointError: there is no such state, or a term of the same name has other parts.
+            CheckpointError: the file cannot be read or is of no distilled run, or a term of the same name has other
+                parts.
         """
+        if self.training_state_from is None:
+            return []
+        file = local_checkpoint(self.training_state_from)
+        state = read_checkpoint(file, trust=trusts(cfg), how=IN_CONFIG).get(STATE)
         kept = state.get('terms') if isinstance(state, Mapping) else None
         if not isinstance(kept, Mapping):
             raise CheckpointError(

@@ -16,7 +16,6 @@ from mmengine.model import is_model_wrapper
 from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner
 from torch.utils.data import DataLoader
 
-from mmstructkd.checkpoints import IN_CONFIG, local_checkpoint, read_checkpoint, trusts
 from mmstructkd.compat import advance_training_data, reseed_workers
 from mmstructkd.distillers.plain_config import plain_config
 from mmstructkd.registry import HOOKS
@@ -276,9 +275,7 @@ class StudentCheckpointHook(Hook):
         model = self._model(runner)
         if model.training_state_from is None or runner.iter > 0:
             return
-        trust = trusts(runner.cfg)
-        content = read_checkpoint(local_checkpoint(model.training_state_from), trust=trust, how=IN_CONFIG)
-        taken = model.carry_training_state(content.get(KEY))
+        taken = model.carry_training_state(runner.cfg)
         runner.logger.info(
             f'{model.training_state_from}: what it trained of {", ".join(taken) or "no term"} is taken over.'
         )

@@ -10,6 +10,7 @@ from mmstructkd.taps.forward import (
     tapped_forward,
 )
 from mmstructkd.taps.gates import Gates, before_gate
+from mmstructkd.taps.inject import Inject
 from mmstructkd.taps.points import Sampled, in_point_head, recorded_points, with_points
 from mmstructkd.taps.regions import (
     RegionRecorder,
@@ -27,6 +28,7 @@ __all__ = [
     'ForwardFailed',
     'ForwardStopped',
     'Gates',
+    'Inject',
     'RegionRecorder',
     'Regions',
     'Sampled',

@@ -54,7 +54,7 @@ KINDS: dict[str, dict] = {
     ),
     'staged': dict(
         teacher=frozen(8),
-        stages=[dict(end=1, terms=['kd'], freeze=['decode_head', 'backbone.layer1']), dict()],
+        stages=[dict(end=1, terms=['kd']), dict(freeze=['decode_head', 'backbone.layer1'])],
         terms=SCORES,
     ),
     'mixed': dict(
