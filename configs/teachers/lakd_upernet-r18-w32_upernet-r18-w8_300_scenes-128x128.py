@@ -11,6 +11,6 @@ model = dict(
     terms=dict(
         attention=dict(
             tap=['backbone[1]', 'backbone[2]', 'backbone[3]'],
-            loss=dict(type='mmstructkd.AttentionTransferLoss', loss_weight=1e3)),
+            loss=dict(type='mmstructkd.AttentionTransferLoss', loss_weight=100.0)),
         maps=dict(
             tap=['backbone[1]', 'backbone[2]', 'backbone[3]'], loss=dict(type='mmstructkd.StandardizedMSELoss'))))

@@ -115,7 +115,8 @@ def _stage(
     end = settings.get('end')
     if last and end is not None:
         raise ConfigError(f'{OWNER}: `{name}.end` must be left out of the last stage, got {shown(end)}: it lasts on.')
-    if not last and not (is_count(end) and begin < end <= MAX_STEPS):
+    later = isinstance(end, int) and is_count(end) and begin < end <= MAX_STEPS
+    if not last and not later:
         raise ConfigError(
             f'{OWNER}: `{name}.end` must be an iteration after {begin}, where the stage begins, got {shown(end)}.'
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.optim import OptimWrapper
+from mmengine.optim.optimizer import amp_optimizer_wrapper as amp
 from mmengine.runner import Runner
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -177,6 +179,29 @@ def test_every_trained_parameter_has_a_gradient_in_each_stage(step: int) -> None
     total, _ = model.parse_losses(model(**toy_batch(), mode='loss'))
     total.backward()
     assert not [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+
+
+def test_a_gradient_scaler_leaves_frozen_parts_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scaled, unscaled and clipped is what moves; a part of which nothing moves needs no scaler."""
+    monkeypatch.setattr(amp, 'is_cuda_available', lambda: True)
+    monkeypatch.setattr(amp, 'GradScaler', functools.partial(torch.amp.GradScaler, 'cpu'))
+    changes = []
+    for scaled in (False, True):
+        torch.manual_seed(0)
+        model = MODELS.build(staged([dict(end=1, terms=['pixel'], freeze=['backbone']), dict()], terms=PLAIN)).train()
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0, weight_decay=0.1)
+        clip = dict(clip_grad=dict(max_norm=1e-3))
+        made = amp.AmpOptimWrapper(optimizer=optimizer, loss_scale=1024.0, **clip) if scaled else None
+        wrapper = for_distiller(made or OptimWrapper(optimizer, **clip), model)
+        model.set_progress(0, 2)
+        before = {name: p.detach().clone() for name, p in model.student.named_parameters()}
+        torch.manual_seed(1)
+        total, _ = model.parse_losses(model(**toy_batch(), mode='loss'))
+        wrapper.update_params(total)
+        changes.append({name: p.detach() - before[name] for name, p in model.student.named_parameters()})
+    assert all(bool(change.eq(0).all()) is name.startswith('backbone') for name, change in changes[1].items())
+    for name, change in changes[0].items():
+        torch.testing.assert_close(change, changes[1][name], rtol=1e-3, atol=1e-6)
 
 
 def test_a_student_that_freezes_statistics_itself_keeps_them(tmp_path: Path) -> None:

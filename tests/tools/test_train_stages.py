@@ -65,6 +65,31 @@ def test_two_stages_and_again(tmp_path: Path, ran: list[list[str]]) -> None:
     assert len(ran) == 2
 
 
+def test_a_stage_that_was_stopped_is_resumed(tmp_path: Path, ran: list[list[str]]) -> None:
+    """It goes on from its own checkpoint, not from the student of the stage before."""
+    first = write(tmp_path, 'first', toy_segmentor(4))
+    train_stages.train(train_stages.parse_args([first, '--work-dir', str(tmp_path / 'w')]))
+    cfg = Config.fromfile(first)
+    cfg.train_cfg.max_iters = 4
+    cfg.dump(first)
+    (last,) = train_stages.train(train_stages.parse_args([first, '--work-dir', str(tmp_path / 'w')]))
+    assert ran[1][-2:] == ['--resume', str(tmp_path / 'w' / '1_first' / 'iter_2.pth')]
+    assert read_checkpoint(last)['meta']['iter'] == 4
+
+
+@pytest.mark.parametrize(
+    ('meta', 'loop', 'finished'),
+    [
+        (dict(iter=4, epoch=1), dict(max_iters=4), True),
+        (dict(iter=2, epoch=1), dict(max_iters=4), False),
+        (dict(iter=40, epoch=2), dict(by_epoch=True, max_epochs=2), True),
+        (dict(iter=40, epoch=1), dict(by_epoch=True, max_epochs=2), False),
+    ],
+)
+def test_when_a_stage_is_over(meta: dict, loop: dict, finished: bool) -> None:
+    assert train_stages.is_finished({'meta': meta}, Config(dict(train_cfg=loop))) is finished
+
+
 def cfg_of(model: dict, **changes: Any) -> Config:
     return toy_config(model, 'x', **changes)
 
