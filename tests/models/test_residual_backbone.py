@@ -173,12 +173,16 @@ def test_every_trained_parameter_has_a_gradient() -> None:
     assert not any('.base.' in name for name in grads)
 
 
-def test_what_is_exported_holds_the_assistant_and_loads_by_its_config(tmp_path: Path) -> None:
+@pytest.mark.parametrize('imports', [None, ['mmstructkd'], ['json'], 'json'])
+def test_what_is_exported_holds_the_assistant_and_loads_by_its_config(imports: Any, tmp_path: Path) -> None:
     plain_checkpoint(toy_segmentor(4), tmp_path / 'base.pth')
     model = toy_distiller(student=residual_student(toy_segmentor(4)), terms=RESIDUAL)
     cfg = toy_config(model, tmp_path, max_iters=2, load_from=str(tmp_path / 'base.pth'))
     runner = Runner.from_cfg(copy.deepcopy(cfg))
     runner.train()
+    cfg.pop('custom_imports')
+    if imports is not None:
+        cfg.custom_imports = dict(imports=imports)
     cfg.dump(tmp_path / 'config.py')
     arguments = [str(tmp_path / 'config.py'), str(tmp_path / 'iter_2.pth'), '--out', str(tmp_path / 'out.pth')]
     assert export_student.main([*arguments, '--size', '48', '64']) == 0
