@@ -264,6 +264,7 @@ ALONE: dict[str, tuple[dict[str, Any], Callable[[Any], None]]] = {
     'ViewTeacher': (dict(flip=True), use_beside),
     'TeacherMean': (dict(of=dict(a=0.5, b=0.5)), use_mean),
     'TeacherGroup': (dict(a=SMALL_TEACHER), use_group),
+    'ResidualBackbone': (dict(base=toy_segmentor(2).backbone, assistant=toy_segmentor(2).backbone), use_backbone),
     'RefinementNeck': (dict(in_channels=[4, 4]), use_neck),
     'DataStream': ({}, use_stream),
     'MixedStream': ({}, use_stream),

@@ -182,7 +182,10 @@ for command, tool in zip(calls, ('train.py', 'test.py')):
 # --- scripts -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('script', ['tools/setup_env.sh', 'tools/run_tests.sh', 'tools/quickstart.sh', '.ci/run'])
+@pytest.mark.parametrize(
+    'script',
+    ['tools/setup_env.sh', 'tools/run_tests.sh', 'tools/quickstart.sh', 'tools/train_stages.sh', '.ci/run'],
+)
 def test_scripts_are_executable_and_parse(script):
     path = ROOT / script
     assert os.access(path, os.X_OK)

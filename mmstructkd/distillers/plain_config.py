@@ -41,7 +41,7 @@ def plain_config(cfg: Config) -> Config:
     data, pipeline and class names stay.
 
     Where the student itself has parts of this package, the package is needed
-    anyway, and its config stays as it is.
+    anyway: its config stays as it is, and imports it.
 
     Args:
         cfg: a distilling config, or a plain one.
@@ -55,6 +55,7 @@ def plain_config(cfg: Config) -> Config:
     if constructor is not None:
         plain.optim_wrapper.constructor = constructor
     if _names_own(plain.get('model')):
+        _import_own(plain)
         return plain
     for phase, keys in PHASES.items():
         if any(_cannot_load(kind) for kind in _own_names(plain.get(f'{phase}_dataloader'))):
@@ -71,6 +72,15 @@ def plain_config(cfg: Config) -> Config:
         else:
             plain[key] = value
     return plain
+
+
+def _import_own(cfg: Config) -> None:
+    """Name this package in ``custom_imports``, where it is not named yet."""
+    settings = cfg.get('custom_imports') or {}
+    imports = settings.get('imports') or []
+    names = [imports] if isinstance(imports, str) else list(imports)
+    if not any(name.split('.')[0] == registry.SCOPE for name in names):
+        cfg.custom_imports = {**settings, 'imports': [*names, registry.SCOPE]}
 
 
 def _own_names(value: Any) -> Iterable[str]:

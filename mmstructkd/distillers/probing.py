@@ -24,6 +24,7 @@ from mmstructkd.run_config import current_config
 from mmstructkd.taps import (
     Capture,
     ForwardFailed,
+    Gates,
     RegionRecorder,
     Regions,
     Tap,
@@ -287,7 +288,11 @@ def _routes(taps: Sequence[Tap]) -> list[str]:
 
 
 def probe_student(
-    student: nn.Module, taps: Sequence[Tap], size: tuple[int, int], owners: Mapping[Tap, str] | None = None
+    student: nn.Module,
+    taps: Sequence[Tap],
+    size: tuple[int, int],
+    owners: Mapping[Tap, str] | None = None,
+    gates: Sequence[str] = (),
 ) -> Probe:
     """Run a student as training does and record its taps.
 
@@ -296,11 +301,13 @@ def probe_student(
         taps: places to record.
         size: (H, W) of the image.
         owners: who asks for each tap, for messages.
+        gates: modules behind which no gradient passes.
 
     Returns:
         What it showed, without a graph.
 
     Raises:
+        ConfigError: what lies before a gate is taught by no tap.
         ForwardFailed: the network cannot be run at this size.
         TapError: a tap names an output that is not there, or only inference
             passes it.
@@ -308,11 +315,11 @@ def probe_student(
     taps = tuple(dict.fromkeys(taps))
     try:
         with _stand_in(student) as twin:
-            probe = _in_training(twin, taps, size, owners or {})
+            probe = _in_training(twin, taps, size, owners or {}, gates)
     except ForwardFailed as err:
         try:
             with _stand_in(student, initialised=True) as twin:
-                probe = _in_training(twin, taps, size, owners or {})
+                probe = _in_training(twin, taps, size, owners or {}, gates)
         except ForwardFailed:
             with _stand_in(student) as twin:
                 found = _in_inference(twin, taps, size)
@@ -337,11 +344,18 @@ def _regions(inputs: Tensor) -> Regions:
     return dataclasses.replace(regions, boxes=boxes, masks=masks)
 
 
-def _in_training(twin: nn.Module, taps: tuple[Tap, ...], size: tuple[int, int], owners: Mapping[Tap, str]) -> Probe:
+def _in_training(
+    twin: nn.Module, taps: tuple[Tap, ...], size: tuple[int, int], owners: Mapping[Tap, str], gates: Sequence[str]
+) -> Probe:
     """What a training step shows of the taps."""
     inputs, samples = _batch(twin, size)
     regions, chosen = _regions(inputs), False
-    with recorded_points(twin) as points, RegionRecorder(twin) as recorder, _graph_only():
+    with (
+        recorded_points(twin) as points,
+        RegionRecorder(twin) as recorder,
+        Gates(twin, gates) as closed,
+        _graph_only(),
+    ):
         capture, route = find_route(twin, inputs, samples, taps, _routes(taps), regions=regions)
     if route == 'loss' and any(map(in_region_head, taps)):
         regions, chosen = recorder.regions, True
@@ -356,7 +370,27 @@ def _in_training(twin: nn.Module, taps: tuple[Tap, ...], size: tuple[int, int], 
             f'{owners.get(missed[0], "a tap")}: `student` must name a module that runs in training, got '
             f'{str(missed[0])!r}, {why}. Tap a module that training calls.'
         )
+    _check_gates(twin, closed, capture)
     return Probe(inputs, samples, capture, regions, chosen)
+
+
+def _check_gates(twin: nn.Module, gates: Gates, capture: Capture) -> None:
+    """Refuse a gate before which something would learn from nothing, which nobody would see."""
+    names = {id(parameter): name for name, parameter in twin.named_parameters()}
+    for name, left in gates.untaught(t for tensors in capture.records.values() for t in tensors).items():
+        if left:
+            shown = ', '.join(repr(names.get(id(parameter), '?')) for parameter in left[:3])
+            raise ConfigError(
+                f'StructuredDistiller: `gates` must have a term tapped between each gate and the one before it, got '
+                f'{name!r}: {len(left)} parameters before it would learn from nothing ({shown}). Tap {name!r} in a '
+                'term, or remove the gate.'
+            )
+        if left is None:
+            raise ConfigError(
+                f'StructuredDistiller: `gates` must name modules that training passes on the way to the taps of the '
+                f'terms, with something that is trained before them and behind the gate before, got {name!r}. Tap '
+                f'{name!r} in a term, or remove the gate.'
+            )
 
 
 def _in_inference(twin: nn.Module, taps: Sequence[Tap], size: tuple[int, int]) -> Probe | None:

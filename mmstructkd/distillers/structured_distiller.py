@@ -16,6 +16,7 @@ from mmengine.model import BaseDataPreprocessor, BaseModel
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
+from mmstructkd.checkpoints import IN_CONFIG, local_checkpoint, read_checkpoint, trusts
 from mmstructkd.distillers.probing import (
     Probe,
     as_one_process,
@@ -27,23 +28,27 @@ from mmstructkd.distillers.probing import (
     probe_sizes,
     probe_student,
 )
+from mmstructkd.distillers.stages import Stage, compile_terms, freeze_statistics, parse_stages, stage_at
 from mmstructkd.distillers.step_record import Fault, StepRecord, explain
 from mmstructkd.errors import CheckpointError, ConfigError, TapError, check_finite_number, shown
 from mmstructkd.functional.sharing import sharing
 from mmstructkd.optim import for_distiller
 from mmstructkd.registry import HOOKS, MODELS, build_part
 from mmstructkd.resuming import prepare_to_resume
-from mmstructkd.streams import LABELLED, StreamSet, TrainingBatch
+from mmstructkd.streams import LABELLED, StreamBatch, StreamSet, TrainingBatch
 from mmstructkd.structures import Targets
 from mmstructkd.taps import (
     Capture,
     ForwardFailed,
     Observation,
+    Gates,
     RegionRecorder,
     Tap,
+    in_features,
     in_point_head,
     pair_stages,
     recorded_points,
+    tapped_forward,
     with_points,
 )
 from mmstructkd.tasks.batches import training_info
@@ -64,6 +69,7 @@ from mmstructkd.terms.reading import TERM_KEYS
 __all__ = ['StructuredDistiller']
 
 STUDENT = 'student.'
+STATE = 'mmstructkd'  # where StudentCheckpointHook puts what only training needs
 STUDENT_KEYS = (
     *('backbone', 'neck', 'decode_head', 'auxiliary_head', 'bbox_head', 'rpn_head', 'roi_head', 'mask_head'),
     *('train_cfg', 'test_cfg', 'pretrained', 'init_cfg'),
@@ -120,6 +126,16 @@ class StructuredDistiller(BaseModel):
             BatchNorm act at 0 as well.
         task_schedule: config of a :class:`WeightSchedule` for that factor.
         streams: configs of other batches by name, for terms with ``on='<name>'``.
+        stages: parts of the training by iterations, a list of dicts: ``end`` (all but
+            the last), ``terms`` that count (default: all), ``task_weight`` (times that
+            of the distiller), and ``freeze``, modules of the student that stay as they
+            are: no update, no decay, no share in the norm that is clipped, BatchNorm in
+            eval. The gradient still passes through them.
+        training_state_from: checkpoint of a distilled run whose connectors and critics
+            this run begins with, for terms of the same name and shape.
+        gates: modules of the student behind which no gradient passes: what lies between
+            two of them learns from the terms that are tapped there, and the task trains
+            what lies behind the last. A tap at a gate sees what comes before it.
 
     Raises:
         ConfigError: a value cannot be used (terms, losses, teacher's classes).
@@ -148,6 +164,9 @@ class StructuredDistiller(BaseModel):
         task_weight: float = 1.0,
         task_schedule: dict | None = None,
         streams: dict | None = None,
+        stages: Sequence[dict] | None = None,
+        training_state_from: str | None = None,
+        gates: Sequence[str] = (),
     ) -> None:
         probe_size = check_probe_size(probe_size)
         check_finite_number('StructuredDistiller', 'task_weight', task_weight, minimum=0)
@@ -173,9 +192,19 @@ class StructuredDistiller(BaseModel):
         self.step = 0
         self.streams = StreamSet(streams)
         self.data_preprocessor = self.streams.wrap_preprocessor(student.data_preprocessor)
+        if training_state_from is not None and (not isinstance(training_state_from, str) or not training_state_from):
+            raise ConfigError(
+                'StructuredDistiller: `training_state_from` must be the path of a checkpoint, got '
+                f'{shown(training_state_from)}.'
+            )
+        self.training_state_from = training_state_from
         with random_state_kept():
             self.terms = parse_terms(terms)
             self._check_student_taps()
+            self.stages = parse_stages(stages, self.terms, self.student)
+            compile_terms(self.stages, self.terms)
+            self.gates = self._gate_names(gates)
+            self.stage: Stage | None = stage_at(self.stages, 0)
             self._stages = pair_stages((t.name, t.student_taps, t.teacher_taps) for t in self.terms.values())
             for term in self.terms.values():
                 term.branches = branches_of(self.student)
@@ -204,6 +233,18 @@ class StructuredDistiller(BaseModel):
                 f'StructuredDistiller: `teachers` must be a dict of teachers by name, got {shown(teachers)}.'
             )
         return TeacherGroup(**teachers)
+
+    def _gate_names(self, gates: Any) -> tuple[str, ...]:
+        """Read the names of modules behind which no gradient passes."""
+        names = list(gates) if isinstance(gates, (list, tuple)) else None
+        if names is None or not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
+            raise ConfigError(
+                f'StructuredDistiller: `gates` must be a list of modules of the student, each once, got {shown(gates)}.'
+                " Example: gates=['backbone.layer2', 'backbone.layer3']."
+            )
+        for name in names:
+            Tap(name).resolve(self.student, 'StructuredDistiller: `gates`')
+        return tuple(names)
 
     def _check_student_taps(self) -> None:
         """Resolve the student's taps before anything expensive is done."""
@@ -280,7 +321,7 @@ class StructuredDistiller(BaseModel):
                 for size in sizes:
                     role = 'student'
                     try:
-                        seen = probe_student(self.student, list(owners), size, owners)
+                        seen = probe_student(self.student, list(owners), size, owners, self.gates)
                         role = 'teacher'
                         more: dict[str, Any] = {'regions': seen.regions} if seen.chosen else {}
                         more.update(student=seen.capture.records, targets=self._known(seen.inputs))
@@ -383,7 +424,8 @@ class StructuredDistiller(BaseModel):
             losses.update(self._teacher.objectives(seen.student, seen.targets))
         scores = self.score(seen)
         batch = TrainingBatch(inputs, data_samples, seen.targets, others, self.step)
-        scores.update(self.streams.score(self.student, self._teacher, self.terms.values(), batch, clone=self._clone))
+        trained = (self.student, self.companion)
+        scores.update(self.streams.score(self._run_student, self._teacher, self.terms.values(), batch, trained))
         for name, scored in scores.items():
             clash = sorted(set(scored) & set(losses))
             if clash:
@@ -481,6 +523,7 @@ class StructuredDistiller(BaseModel):
             if on_regions
             else contextlib.nullcontext() as recorder,
             recorded_points(self.student) if on_points else contextlib.nullcontext([]) as points,
+            Gates(self.student, self.gates),
             Capture(self.student, student_taps, clone=self._clone) as capture,
         ):
             losses = self.student(inputs, data_samples, mode='loss')
@@ -492,6 +535,23 @@ class StructuredDistiller(BaseModel):
                 inputs, data_samples, teacher_taps, student=capture.records, regions=regions
             )
         return losses, Observation(capture, teacher, targets, regions)
+
+    def _run_student(self, batch: StreamBatch, taps: Sequence[Tap]) -> tuple[Capture, Targets]:
+        """Run the student on the batch of a stream, without the losses of the task.
+
+        Args:
+            batch: what the stream made.
+            taps: taps of the student.
+
+        Returns:
+            What was captured, and what is known of the batch as the student sees it.
+        """
+        route = 'features' if all(map(in_features, taps)) else 'tensor'
+        with Gates(self.student, self.gates):
+            capture = tapped_forward(
+                self.student, batch.inputs, batch.data_samples, taps, clone=self._clone, route=route
+            )
+        return capture, batch.targets
 
     def _known(self, inputs: Tensor) -> Targets:
         """What batches of the task know, for a probed input."""
@@ -506,7 +566,31 @@ class StructuredDistiller(BaseModel):
         """
         self.step = step
         self.task_factor = self.task_schedule.factor(step, last)
+        stage = stage_at(self.stages, step)
+        if stage is not None:
+            self.task_factor *= stage.task_weight
+            if stage is not self.stage:
+                self.stage = stage
+                self.train(self.training)  # what was frozen goes back to the student's own modes
         self._teacher.set_progress(step, last)
+
+    def train(self, mode: bool = True) -> StructuredDistiller:
+        """Set the mode; statistics of what the stage freezes stay as they are."""
+        super().train(mode)
+        if mode and self.stage is not None:
+            freeze_statistics(self.student, self.stage.freeze)
+        return self
+
+    def frozen_parameters(self) -> Iterator[nn.Parameter]:
+        """Parameters that the stage keeps as they are.
+
+        Their ``requires_grad`` stays: processes that share gradients have been told what to wait for.
+
+        Yields:
+            Each of them; one that lies in two frozen modules twice.
+        """
+        for name in () if self.stage is None else self.stage.freeze:
+            yield from self.student.get_submodule(name).parameters()
 
     def auxiliary_parameters(self) -> tuple[list[nn.Parameter], list[tuple[dict, list[nn.Parameter]]]]:
         """Parameters that only training needs.
@@ -568,6 +652,45 @@ class StructuredDistiller(BaseModel):
                 'Start anew from its student with load_from=.'
             ) from err
 
+    def carry_training_state(self, cfg: Mapping[str, Any]) -> list[str]:
+        """Begin with what the terms of another training have learned, from ``training_state_from``.
+
+        Args:
+            cfg: config of the run, which may allow a file that needs more than weights.
+
+        Returns:
+            Names of the terms that have taken theirs.
+
+        Raises:
+            CheckpointError: the file cannot be read or is of no distilled run, or a term of the same name has other
+                parts.
+        """
+        if self.training_state_from is None:
+            return []
+        file = local_checkpoint(self.training_state_from)
+        state = read_checkpoint(file, trust=trusts(cfg), how=IN_CONFIG).get(STATE)
+        kept = state.get('terms') if isinstance(state, Mapping) else None
+        if not isinstance(kept, Mapping):
+            raise CheckpointError(
+                f'StructuredDistiller: `training_state_from` must be a checkpoint of a distilled run, got '
+                f'{self.training_state_from!r}, which holds no terms. Leave it out: load_from= takes the student.'
+            )
+        taken = []
+        for name, term in self.terms.items():
+            begin = f'{name}.'
+            part = {key.removeprefix(begin): value for key, value in kept.items() if key.startswith(begin)}
+            if not part:
+                continue
+            try:
+                term.load_state_dict(part)
+            except RuntimeError as err:
+                raise CheckpointError(
+                    f'term {name!r}: `training_state_from` must hold what the term trains, got another of that name. '
+                    f'{err} Rename the term to let it start anew.'
+                ) from err
+            taken.append(name)
+        return taken
+
     def prepare_runner(self, runner: Runner) -> None:
         """Ask the runner for what the promises need; called when its hooks are registered.
 
@@ -585,7 +708,7 @@ class StructuredDistiller(BaseModel):
                 'are set anew each step and end the teacher early, which torch.compile of train_step cannot trace.'
             )
         present = {type(hook).__name__ for hook in runner.hooks}
-        for name in (*RUNNER_HOOKS, *self._teacher.hooks):
+        for name in (*RUNNER_HOOKS, *(('StageHook',) if self.stages else ()), *self._teacher.hooks):
             if name not in present:
                 runner.register_hook(HOOKS.build({'type': f'mmstructkd.{name}'}))
         prepare_to_resume(runner)

@@ -226,11 +226,18 @@ class StudentCheckpointHook(Hook):
             runner.optim_wrapper.gradients_kept = True
 
     def before_train(self, runner: Runner) -> None:
-        """Let the data go on where they stopped.
+        """See that nothing is frozen that has no weights yet; let the data go on where they stopped.
 
         Args:
             runner: the runner.
+
+        Raises:
+            ConfigError: see :meth:`mmstructkd.models.ResidualBackbone.check_weights`.
         """
+        for module in self._model(runner).student.modules():
+            if hasattr(module, 'check_weights'):
+                module.check_weights()
+        self._carry(runner)
         self._epoch, self._epoch_begin = runner.epoch, runner.iter
         if self._saved is None:
             return
@@ -262,6 +269,16 @@ class StudentCheckpointHook(Hook):
                     'The data of the resumed run cannot go on exactly: a step of the pipeline keeps images of before, '
                     'or the dataloader is of a kind of its own.'
                 )
+
+    def _carry(self, runner: Runner) -> None:
+        """Let a new run begin with the connectors and critics of the one before."""
+        model = self._model(runner)
+        if model.training_state_from is None or runner.iter > 0:
+            return
+        taken = model.carry_training_state(runner.cfg)
+        runner.logger.info(
+            f'{model.training_state_from}: what it trained of {", ".join(taken) or "no term"} is taken over.'
+        )
 
     @staticmethod
     def _count_scores(runner: Runner, saved: dict[str, Any]) -> None:

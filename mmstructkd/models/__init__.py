@@ -1,4 +1,5 @@
-"""Task parts that mmseg lacks: depth heads for its ``DepthEstimator`` with their losses, and parts of self-teachers.
+"""Task parts that mmseg lacks: depth heads for its ``DepthEstimator`` with their losses, parts of self-teachers,
+and a backbone with an assistant.
 
 Without mmseg there are only the losses.
 """
@@ -9,6 +10,7 @@ from mmstructkd.models.depth_bins import BinsToDepth, DepthBinLoss, ScoreToDepth
 from mmstructkd.models.depth_losses import DepthL1Loss, DepthSILogLoss
 from mmstructkd.models.given_features import GivenFeatures
 from mmstructkd.models.refinement_neck import RefinementNeck
+from mmstructkd.models.residual_backbone import ResidualBackbone
 
 __all__ = [
     'BinsToDepth',
@@ -17,6 +19,7 @@ __all__ = [
     'DepthSILogLoss',
     'GivenFeatures',
     'RefinementNeck',
+    'ResidualBackbone',
     'ScoreToDepth',
 ]
 

@@ -67,6 +67,8 @@ class DistillStep(OptimWrapper):
       ``every=k``) has no gradient in the update: neither momentum nor decay
       nor a step counter moves. In the backward pass all its parameters still
       take part, so that DDP waits for none.
+    - **Frozen.** What a stage of the training freezes has no gradient in the update
+      either: it does not move, and has no share in the norm that is clipped.
     - **Finite.** Losses, gradients and running statistics are looked at before
       each update, in all processes together. On a CPU an error is raised at once.
       Elsewhere the host does not wait: the gradients of a bad step become 0 on
@@ -180,6 +182,8 @@ class DistillStep(OptimWrapper):
         """
         self.check_last_step()
         super().backward(loss, **kwargs)
+        for parameter in self._model.frozen_parameters():
+            parameter.grad = None
         self._examine(loss.detach())
 
     @property

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmstructkd.errors import ConfigError, suggest
-from mmstructkd.streams.base import Stream, StreamBatch
+from mmstructkd.streams.base import Stream, StreamBatch, statistics_kept
 from mmstructkd.streams.building import LABELLED, build_streams
 from mmstructkd.streams.preprocessing import StreamPreprocessor
 from mmstructkd.structures import Targets
-from mmstructkd.taps import Capture, Observation, Tap, in_features, tapped_forward
+from mmstructkd.taps import Capture, Observation, Tap
 
 if TYPE_CHECKING:
     from mmstructkd.teachers import TeacherSource
     from mmstructkd.terms import Term
 
 __all__ = ['StreamSet', 'TrainingBatch']
+
+#: Runs the student on the batch of a stream: its taps, and the batch's targets as the student sees it.
+RunStudent = Callable[[StreamBatch, Sequence[Tap]], tuple[Capture, Targets]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,21 +111,21 @@ class StreamSet(Mapping[str, Stream]):
 
     def score(
         self,
-        student: nn.Module,
+        run_student: RunStudent,
         teacher: TeacherSource,
         terms: Collection[Term],
         batch: TrainingBatch,
-        *,
-        clone: Collection[Tap] = (),
+        trained: Sequence[nn.Module],
     ) -> dict[str, dict[str, Tensor]]:
         """Compare both networks on each stream that a term asks for.
 
         Args:
-            student: the student.
+            run_student: runs the student on the batch of a stream.
             teacher: source of the teacher's tensors.
             terms: all terms, those that do not count at this step included.
             batch: the labelled batch.
-            clone: taps whose tensors the student changes in place.
+            trained: the student and what trains beside it, whose statistics a stream
+                with ``norm='frozen'`` keeps.
 
         Returns:
             By term and stream its losses, with the stream's name in the keys.
@@ -133,11 +134,12 @@ class StreamSet(Mapping[str, Stream]):
         for name, stream in self.items():
             here = [term for term in terms if name in term.on]
             active = [term for term in here if term.active]
-            seen = Observation(Capture(student, ()), {}, batch.targets, None)
+            seen = Observation(Capture(trained[0], ()), {}, batch.targets, None)
             if active:
                 others = batch.others.get(name) or {}
                 made = stream.make(batch.inputs, batch.data_samples, batch.targets, others, batch.step)
-                seen = _observe(student, teacher, made, active, clone, frozen=stream.norm == 'frozen')
+                with statistics_kept(*(trained if stream.norm == 'frozen' else ())):
+                    seen = _observe(run_student, teacher, made, active)
             for term in here:
                 if not active or term in active:
                     scored = term(seen.student, seen.teacher, seen.targets, None)
@@ -148,33 +150,12 @@ class StreamSet(Mapping[str, Stream]):
 
 
 def _observe(
-    student: nn.Module,
-    teacher: TeacherSource,
-    batch: StreamBatch,
-    terms: Sequence[Term],
-    clone: Collection[Tap],
-    *,
-    frozen: bool,
+    run_student: RunStudent, teacher: TeacherSource, batch: StreamBatch, terms: Sequence[Term]
 ) -> Observation:
-    """Run both networks on a batch of a stream, without the losses of the task."""
+    """Run both networks on a batch of a stream."""
     teacher_taps = [tap for term in terms for tap in term.teacher_taps]
     student_taps = list(dict.fromkeys([tap for term in terms for tap in term.student_taps]))
     student_taps += [tap for tap in teacher.reads if tap not in student_taps]
-    route = 'features' if all(map(in_features, student_taps)) else 'tensor'
-    with _norms_frozen(student) if frozen else contextlib.nullcontext():
-        capture = tapped_forward(student, batch.inputs, batch.data_samples, student_taps, clone=clone, route=route)
+    capture, targets = run_student(batch, student_taps)
     shown = teacher.observe(batch.inputs, batch.data_samples, teacher_taps, student=capture.records, labelled=False)
-    return Observation(capture, shown, batch.targets, None)
-
-
-@contextlib.contextmanager
-def _norms_frozen(network: nn.Module) -> Iterator[None]:
-    """Put BatchNorm layers that train into eval for a while: their statistics are used, and do not move."""
-    norms = [module for module in network.modules() if module.training and isinstance(module, _BatchNorm)]
-    for module in norms:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in norms:
-            module.training = True
+    return Observation(capture, shown, targets, None)

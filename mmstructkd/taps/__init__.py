@@ -10,6 +10,8 @@ from mmstructkd.taps.forward import (
     tapped_forward,
 )
 from mmstructkd.taps.observation import Observation
+from mmstructkd.taps.gates import Gates, before_gate
+from mmstructkd.taps.inject import Inject
 from mmstructkd.taps.points import Sampled, in_point_head, recorded_points, with_points
 from mmstructkd.taps.regions import (
     RegionRecorder,
@@ -27,10 +29,13 @@ __all__ = [
     'ForwardFailed',
     'ForwardStopped',
     'Observation',
+    'Gates',
+    'Inject',
     'RegionRecorder',
     'Regions',
     'Sampled',
     'Tap',
+    'before_gate',
     'find_route',
     'in_features',
     'in_point_head',

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from mmstructkd.taps.gates import before_gate
 from mmstructkd.taps.tap import Tap
 
 __all__ = ['Capture', 'ForwardStopped']
@@ -134,7 +135,7 @@ class Capture:
 
     def _record(self, tap: Tap, value: Any, module: nn.Module | None) -> None:
         self.passes[tap] += 1
-        for tensor in tap.pick(value):
+        for tensor in map(before_gate, tap.pick(value)):
             if self._trains and not tensor.requires_grad:
                 self.cut.setdefault(tap, self._reason(tensor, module))
             kept = tensor.clone() if tap in self.clone else tensor

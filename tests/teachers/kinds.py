@@ -47,6 +47,16 @@ KINDS: dict[str, dict] = {
             b=dict(tap=dict(student='decode_head.conv_seg', teacher='own.decode_head.conv_seg'), loss=KL),
         ),
     ),
+    'gated': dict(
+        teacher=frozen(8),
+        gates=['backbone.layer1', 'backbone.layer2'],
+        terms=dict(SCORES, local=dict(tap=['backbone[0]', 'backbone[1]'], loss=ATTENTION)),
+    ),
+    'staged': dict(
+        teacher=frozen(8),
+        stages=[dict(end=1, terms=['kd']), dict(freeze=['decode_head', 'backbone.layer1'])],
+        terms=SCORES,
+    ),
     'mixed': dict(
         teacher=frozen(8),
         streams=dict(mixed=dict(type='mmstructkd.MixedStream')),
