@@ -131,6 +131,7 @@ class Term(nn.Module):
         self.student_taps = self._parse(sides['student'], f'{owner}: `student`')
         self.teacher_taps = self._parse(sides['teacher'], f'{owner}: `teacher`')
         self.connector_config = copy.deepcopy(connector)
+        self.teacher_taps = self._outputs(self.teacher_taps)
         self.loss_config = copy.deepcopy(loss)
         if where is not None:
             check_one_of(owner, 'where', where, PLACES)
@@ -186,6 +187,13 @@ class Term(nn.Module):
         if len(set(parsed)) < len(parsed):
             raise TapError(f'{owner} must name each `tap` once, got {list(several)!r}.')
         return parsed
+
+    def _outputs(self, taps: tuple[Tap, ...]) -> tuple[Tap, ...]:
+        """The outputs that the connector reads, where the teacher's tap names a module that gives several."""
+        keys = getattr(self._connector_classes()[0], 'teacher_outputs', ())
+        if not keys or len(taps) != 1 or taps[0].keys or taps[0].side != 'output':
+            return taps
+        return tuple(dataclasses.replace(taps[0], keys=each) for each in keys)
 
     def _build_loss(self) -> DistillLoss:
         """Build the loss from its config, with the term's name in the errors."""
@@ -397,6 +405,7 @@ class Term(nn.Module):
             notes = self.loss.check_heads(*heads)
         for note in notes:
             print_log(f'term {self.name!r}: {note}', 'current', level=logging.WARNING)
+        self._check_log_probabilities()
         if not trained:
             self._looks = 0
         self._input_size = targets.input_size
@@ -462,6 +471,15 @@ class Term(nn.Module):
                     'got a source without one. Use a FrozenTeacher.'
                 )
             connector.attach(network)
+
+    def _check_log_probabilities(self) -> None:
+        """Raise where the connector gives log-probabilities to a loss that reads something else from its inputs."""
+        making = [kind for kind in self._connector_classes() if getattr(kind, 'gives_log_probabilities', False)]
+        if making and not self.loss.over_classes:
+            raise ConfigError(
+                f'term {self.name!r}: `loss` must compare distributions over classes behind {making[0].__name__}, '
+                f'which gives their logarithms, got {type(self.loss).__name__}. Take PixelwiseKLLoss.'
+            )
 
     def _check_where(self, targets: Targets) -> None:
         """Raise where only labelled positions count and the task labels none."""
@@ -607,6 +625,8 @@ class Term(nn.Module):
         """
         if None in classes or classes[0] == classes[1] or 1 in (student.dim(), teacher.dim()):
             return False
+        if any(getattr(kind, 'gives_log_probabilities', False) for kind in self._connector_classes()):
+            return True
         wide = self._classes_of((student.shape[1], teacher.shape[1]), classes)
         anchors = {width / count for width, count in zip(wide, classes, strict=True)}
         return len(anchors) == 1 or wide == (classes[0] + 1, classes[1] + 1)
@@ -644,8 +664,14 @@ class Term(nn.Module):
         config = self.connector_config
         if isinstance(config, (list, tuple)):
             return MODELS.get('mmstructkd.SequentialConnector')
-        kind = config.get('type') if isinstance(config, Mapping) else None
-        return look_up(MODELS, kind) if isinstance(kind, str) else kind
+        return self._connector_classes()[0]
+
+    def _connector_classes(self) -> list[type | None]:
+        """Classes of the configured connectors, in their order; one ``None`` where it is automatic."""
+        config = self.connector_config
+        configs = config if isinstance(config, (list, tuple)) else [config]
+        kinds = [one.get('type') if isinstance(one, Mapping) else None for one in configs]
+        return [look_up(MODELS, kind) if isinstance(kind, str) else kind for kind in kinds] or [None]
 
     def _build_connector(self, student: list[Tensor], teacher: list[Tensor], classes: Pair, heads: Heads) -> nn.Module:
         """The configured connector, or the automatic one."""
