@@ -1,4 +1,4 @@
-"""Task parts that mmseg lacks: depth heads for its ``DepthEstimator`` with their losses, and parts of self-teachers.
+"""Task parts that mmseg lacks: depth heads for its ``DepthEstimator`` with their losses, and parts of teachers.
 
 Without mmseg there are only the losses.
 """
@@ -24,8 +24,9 @@ if find_spec('mmseg') is not None:
     from mmstructkd.models.depth_classification_head import DepthClassificationHead
     from mmstructkd.models.depth_head import DepthHead
     from mmstructkd.models.depth_regression_head import DepthRegressionHead
+    from mmstructkd.models.joint_turn_head import JointTurnHead
 
-    __all__ += ['DepthClassificationHead', 'DepthHead', 'DepthRegressionHead']
+    __all__ += ['DepthClassificationHead', 'DepthHead', 'DepthRegressionHead', 'JointTurnHead']
 
 if find_spec('mmdet') is not None:
     from mmstructkd.models.efficientnet_lite import EfficientNetLite
