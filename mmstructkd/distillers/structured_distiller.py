@@ -237,6 +237,15 @@ class StructuredDistiller(BaseModel):
         """Each term must run on streams that there are, and that know what it needs."""
         for term in self.terms.values():
             for name in term.on:
+                views = self.streams[name].views if name in self.streams else ()
+                if term.loss.needs_views and not views:
+                    print_log(
+                        f'term {term.name!r}: {type(term.loss).__name__} compares turned copies with the upright batch,'
+                        f" and {name!r} does not hold both: it compares the images with themselves. Set on='<stream>' "
+                        "with streams=dict(<stream>=dict(type='mmstructkd.TurnedStream', turns=('none', 'half'))).",
+                        'current',
+                        level=30,
+                    )
                 if name == LABELLED:
                     continue
                 if name not in self.streams:

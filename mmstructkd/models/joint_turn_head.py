@@ -9,7 +9,7 @@ import torch
 from mmseg.models.decode_heads import FCNHead
 from torch import Tensor
 
-from mmstructkd.errors import ConfigError
+from mmstructkd.errors import ConfigError, check_count
 from mmstructkd.functional.turning import check_turns
 from mmstructkd.registry import MODELS
 
@@ -17,6 +17,8 @@ __all__ = ['JointTurnHead']
 
 #: The label that stands for none where the joint labels reach the one of the classes.
 NONE = -100
+#: More are a slip, and would fill the memory.
+MAX_CLASSES = 2**18
 
 
 @MODELS.register_module()
@@ -46,8 +48,7 @@ class JointTurnHead(FCNHead):
     ) -> None:
         owner = type(self).__name__
         names = check_turns(owner, turns)
-        if not isinstance(num_classes, int) or isinstance(num_classes, bool) or num_classes < 1:
-            raise ConfigError(f'{owner}: `num_classes` must be an integer above 0, got {num_classes!r}.')
+        check_count(owner, 'num_classes', num_classes, maximum=MAX_CLASSES)
         if num_classes % len(names):
             raise ConfigError(
                 f'{owner}: `num_classes` must be a multiple of the {len(names)} turns, got {num_classes}. Of C classes '
