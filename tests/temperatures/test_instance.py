@@ -18,6 +18,7 @@ from mmstructkd.testing import toy_batch, toy_distiller
 from tests import test_golden_teachers as published
 from tests.reference import soft_target as reference
 from tests.temperatures.test_temperatures import NAMES, NEEDS
+from tests.test_host_sync import Watch
 
 golden = published.golden
 SHAPE = (2, 3, 4, 6)
@@ -273,3 +274,30 @@ def test_trains_in_a_distiller_without_weight_decay():
     assert all((before[name] != value).any() for name, value in temperature.state_dict().items())
     assert not any('temperature' in key for key in model.state_dict())
     assert any('hidden_weight' in key for key in model.training_state()['terms'])
+
+
+@pytest.mark.parametrize(('name', 'per'), taking)
+def test_the_host_does_not_wait(name, per):
+    loss = make(name, dict(type='mmstructkd.InstanceTemperature', hidden=4, per=per))
+    student, teacher = pair(torch.float32)
+    loss.bind(student, teacher)
+    valid = torch.rand(2, 4, 6) > 0.3
+    for step in range(2):
+        with Watch() as watch:
+            loss(student, teacher, targets(valid)).backward()
+        assert step == 0 or not watch.own
+
+
+@pytest.mark.parametrize('name', sorted(TAKES))
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_half_precision_and_autocast(name, dtype):
+    torch.manual_seed(0)
+    loss = make(name, dict(type='mmstructkd.InstanceTemperature', hidden=4, per='image'))
+    student, teacher = (z.detach().to(dtype).requires_grad_() for z in pair(torch.float32))
+    loss.bind(student, teacher)
+    want = loss(student.float(), teacher.float(), targets())
+    got = loss(student, teacher, targets())
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+    with torch.autocast('cpu', torch.bfloat16):
+        torch.testing.assert_close(loss(student.float(), teacher.float(), targets()), want, rtol=1e-4, atol=1e-6)
+    assert got.dtype == torch.float32
