@@ -31,6 +31,8 @@ class Targets:
         inside: pixels inside the image, labelled or not, bool, shape (B, H, W);
             ``None``: nothing is padding. A term puts them in the place of
             ``valid`` where its loss counts unlabelled pixels.
+        views: where the batch is several copies of one, one after the other, how
+            each is turned, ``'none'`` among them; empty: it is not.
     """
 
     labels: Tensor | None = None
@@ -43,3 +45,4 @@ class Targets:
     box_labels: tuple[Tensor, ...] | None = None
     depth: Tensor | None = None
     inside: Tensor | None = None
+    views: tuple[str, ...] = ()

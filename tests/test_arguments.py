@@ -129,7 +129,7 @@ def use_temperature(temperature: Temperature) -> None:
         temperature.set_progress(3, 10)
     scores = torch.randn(2, 3, 4, 4)
     made = temperature(scores, scores)
-    assert torch.as_tensor(made.temperature).isfinite()
+    assert torch.as_tensor(made.temperature).isfinite().all()
     assert (made.student / made.temperature).isfinite().all()
     repr(temperature)
 
@@ -162,6 +162,14 @@ def use_head(head: nn.Module) -> None:
     sample.set_data(
         {'gt_depth_map': PixelData(data=head.min_depth + (head.max_depth - head.min_depth) * torch.rand(1, 8, 8))}
     )
+    found = head.loss([torch.randn(1, 6, 8, 8)], [sample], None)
+    assert all(value.isfinite() for value in found.values())
+    repr(head)
+
+
+def use_turn_head(head: nn.Module) -> None:
+    sample = SegDataSample(metainfo=dict(img_shape=(8, 8), turn=head.turns[0]))
+    sample.gt_sem_seg = PixelData(data=torch.zeros(1, 8, 8, dtype=torch.long))
     found = head.loss([torch.randn(1, 6, 8, 8)], [sample], None)
     assert all(value.isfinite() for value in found.values())
     repr(head)
@@ -234,6 +242,13 @@ def use_augmentation(step: Any) -> None:
     step({'img': np.zeros((4, 4, 3), np.uint8), 'img_path': 'a.png'})
 
 
+def use_turn(step: Any) -> None:
+    sample = SegDataSample()
+    sample.gt_sem_seg = PixelData(data=torch.zeros(1, 4, 4, dtype=torch.long))
+    made = step(dict(inputs=torch.zeros(3, 4, 4), data_samples=sample))
+    assert made['data_samples'].turn in step.turns
+
+
 def use_constructor(constructor: Any) -> None:
     constructor(MODELS.build(toy_distiller(student=toy_segmentor(2), teacher=SMALL_TEACHER, terms=ONE_TERM)))
 
@@ -254,6 +269,7 @@ ALONE: dict[str, tuple[dict[str, Any], Callable[[Any], None]]] = {
     'DepthBinLoss': ({}, use_depth_loss),
     'DepthRegressionHead': (dict(in_channels=6, channels=4, in_index=0), use_head),
     'DepthClassificationHead': (dict(in_channels=6, channels=4, in_index=0, num_bins=8), use_head),
+    'JointTurnHead': (dict(num_classes=8, in_channels=6, channels=4, in_index=0), use_turn_head),
     'EfficientNetLite': (dict(num_stages=2, out_indices=(0, 1)), use_backbone),
     'ClassQueue': (dict(num_classes=3, capacity=4, channels=2), use_queue),
     'WeightSchedule': ({}, use_schedule),
@@ -279,6 +295,7 @@ ALONE: dict[str, tuple[dict[str, Any], Callable[[Any], None]]] = {
     'DepthFolderDataset': (dict(data_root='{}', data_prefix=FOLDERS), use_dataset),
     'KITTIEigenDataset': (dict(data_root='{}', data_prefix=FOLDERS, ann_file='list.txt'), use_dataset),
     'StructuredDistiller': (dict(student=toy_segmentor(2), teacher=SMALL_TEACHER, terms=ONE_TERM), use_model),
+    'TurnView': ({}, use_turn),
     'FiniteAugmentation': (dict(transforms=[]), use_augmentation),
     'DistillOptimWrapperConstructor': (
         dict(optim_wrapper_cfg=dict(type='OptimWrapper', optimizer=dict(type='SGD', lr=0.1))),

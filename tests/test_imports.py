@@ -38,7 +38,7 @@ MAY_IMPORT = {
     'memories': {'functional'},
     'taps': {'functional'},
     'models': {'functional'},
-    'datasets': set(),
+    'datasets': {'functional'},
     'optim': {'functional', 'compat'},
     'losses': {'functional', 'connectors', 'temperatures', 'critics', 'memories', 'optim', 'taps'},
     'tasks': {'functional'},

@@ -9,6 +9,7 @@ from mmstructkd.connectors.layer_mix import LayerMixConnector
 from mmstructkd.connectors.masked_generation import MaskedGenerationConnector
 from mmstructkd.connectors.pool import PoolConnector
 from mmstructkd.connectors.projector_ensemble import ProjectorEnsembleConnector
+from mmstructkd.connectors.query_marginals import QueryMarginals
 from mmstructkd.connectors.sequential import SequentialConnector
 from mmstructkd.connectors.standardize import StandardizeConnector
 from mmstructkd.connectors.teacher_head import TeacherHeadConnector
@@ -25,6 +26,7 @@ __all__ = [
     'MaskedGenerationConnector',
     'PoolConnector',
     'ProjectorEnsembleConnector',
+    'QueryMarginals',
     'SequentialConnector',
     'StandardizeConnector',
     'TeacherHeadConnector',

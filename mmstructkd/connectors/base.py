@@ -37,6 +37,11 @@ class Connector(nn.Module):
             input, before each forward.
         keeps_width: the student's width is what it was; else it becomes
             ``out_channels``.
+        gives_log_probabilities: what it makes of the teacher are logarithms of
+            probabilities over the classes, which only losses over classes can read.
+        teacher_outputs: where in what the tapped module of the teacher gives its
+            tensors lie, as keys, for a term whose teacher taps one module and
+            names no output of it. Empty: the output itself.
         paper: title and arXiv number of where it comes from.
     """
 
@@ -44,6 +49,8 @@ class Connector(nn.Module):
     needs_teacher: bool = False
     needs_input_size: bool = False
     keeps_width: bool = False
+    gives_log_probabilities: bool = False
+    teacher_outputs: tuple[tuple[int | str, ...], ...] = ()
     paper: str = ''
 
 

@@ -12,6 +12,7 @@ from mmstructkd.datasets.image_folder import ImageFolderDataset
 from mmstructkd.datasets.paired import PairedDataset
 from mmstructkd.datasets.scenes import Scene, render_scene
 from mmstructkd.datasets.transforms import LoadScene, LoadSceneAnnotations
+from mmstructkd.datasets.turn_view import TurnView
 
 __all__ = [
     'BottomCrop',
@@ -22,6 +23,7 @@ __all__ = [
     'LoadSceneAnnotations',
     'PairedDataset',
     'Scene',
+    'TurnView',
     'render_scene',
 ]
 

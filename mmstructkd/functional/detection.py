@@ -219,8 +219,9 @@ def binary_kl_loss(
         student: logits, shape (B, A K, H, W) with the classes of an anchor side by
             side, or (M, K); any float dtype.
         teacher: the same shape. Detached here.
-        temperature: T, above 0, a number or a scalar tensor. The weights are
-            taken at temperature 1.
+        temperature: T, above 0, a number or a scalar tensor; or one for each position
+            or image, (B, 1, H, W), (B, 1, 1, 1) or (M, 1), its square inside the sum.
+            The weights are taken at temperature 1.
         anchors: A of a map; each anchor of a position has its own weight.
         normalizer: what the weighted sum is divided by: ``'weights'``, their sum;
             ``'positions'``, the number of positions and anchors that count; or a
@@ -245,7 +246,6 @@ def binary_kl_loss(
         0.3278
     """
     owner = 'binary_kl_loss'
-    check_temperature(owner, temperature)
     if isinstance(normalizer, str):
         check_one_of(owner, 'normalizer', normalizer, ('weights', 'positions'))
     if not is_count(anchors) or anchors < 1:
@@ -258,6 +258,7 @@ def binary_kl_loss(
             f'{owner}: `student` must be a map of a multiple of {anchors} channels for anchors={anchors}, '
             f'got {tuple(student.shape)}.'
         )
+    check_temperature(owner, temperature, student)
     counts = valid_pixels(owner, student, valid=valid)
     teacher = teacher.detach()
     shape = (student.shape[0], anchors, student.shape[1] // anchors, *student.shape[2:])
@@ -271,7 +272,11 @@ def binary_kl_loss(
     soft_s, soft_t = student / temperature, teacher / temperature
     values = soft_t.sigmoid() * (_log_sigmoid(soft_t) - _log_sigmoid(soft_s))
     values = values + (-soft_t).sigmoid() * (_log_sigmoid(-soft_t) - _log_sigmoid(-soft_s))
-    total = (weights * values.reshape(shape).sum(dim=2)).sum()
+    values = values.reshape(shape).sum(dim=2)
+    if isinstance(temperature, Tensor) and temperature.dim():
+        # The square of each position's own stands inside the sum.
+        values, temperature = temperature.square() * values, 1.0
+    total = (weights * values).sum()
     if isinstance(normalizer, str) and normalizer == 'weights':
         total = total / weights.sum().clamp(min=torch.finfo(weights.dtype).tiny)
     elif isinstance(normalizer, str):

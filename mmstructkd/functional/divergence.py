@@ -20,6 +20,7 @@ from mmstructkd.functional.softening import (
     log_of_classes,
     log_of_positions,
     teacher_log_of_classes,
+    tempered_mean,
 )
 
 __all__ = ['channelwise_kl_loss', 'pixelwise_kl_loss']
@@ -128,7 +129,8 @@ def channelwise_kl_loss(
         student: logits or features, shape (B, C, H, W), any float dtype.
         teacher: same shape; a pair of one and two channels stands for scores
             (0, z) of two classes, z the difference of the two. Detached here.
-        temperature: T, above 0, a number or a scalar tensor.
+        temperature: T, above 0, a number or a scalar tensor; or one for each image,
+            shape (B, 1, 1, 1), its square inside the mean.
         valid: positions that count, bool, shape (B, h, w), brought to H x W by
             nearest: both distributions live on these alone. ``None``: all.
 
@@ -150,9 +152,10 @@ def channelwise_kl_loss(
         0.3278
     """
     owner = 'channelwise_kl_loss'
-    check_temperature(owner, temperature)
     check_ndim(owner, 'student', student, 4, '(B, C, H, W)')
     check_ndim(owner, 'teacher', teacher, 4, '(B, C, H, W)')
+    # Positions share a distribution, and so a temperature.
+    check_temperature(owner, temperature, student, per=('image',))
     student, teacher = as_two_classes(student, teacher, alone=False)
     check_same(owner, student, teacher, (0, 1, 2, 3), 'B, C, H and W', _WAY_OUT)
     counts = valid_pixels(owner, student, valid=valid)
@@ -160,6 +163,10 @@ def channelwise_kl_loss(
     if counts is not None:
         counts = counts.flatten(1)[:, None]
         some = counts.any(dim=-1)
+    if isinstance(temperature, Tensor) and temperature.dim():
+        temperature = temperature.flatten(2)
     log_s = log_of_positions(student.flatten(2), temperature, counts)
     log_t = once(log_of_positions, teacher.detach().flatten(2), temperature, counts, -1)
-    return temperature**2 * masked_mean(kl_along(log_s, log_t, dim=-1), some)
+    if isinstance(temperature, Tensor) and temperature.dim():
+        temperature = temperature.flatten(1)[:, None]
+    return tempered_mean(kl_along(log_s, log_t, dim=-1), temperature, some)

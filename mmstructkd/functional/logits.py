@@ -24,6 +24,7 @@ from mmstructkd.functional.softening import (
     kl_along,
     log_of_classes,
     teacher_log_of_classes,
+    tempered_mean,
 )
 
 __all__ = [
@@ -229,7 +230,8 @@ def decoupled_kl_loss(
             (M,). Rows of a box head include the background as a class.
         alpha: weight of the labelled class against the others, at least 0.
         beta: weight of the distribution among the others.
-        temperature: T, above 0, a number or a scalar tensor.
+        temperature: T, above 0, a number or a scalar tensor; or one for each position
+            or image, (B, 1, H, W), (B, 1, 1, 1) or (M, 1), its square inside the mean.
         ignore_index: pixels with this label do not count; nor do labels that are
             no class.
         valid: pixels that count, bool, shape as ``labels``. ``None``: all.
@@ -251,10 +253,10 @@ def decoupled_kl_loss(
         0.1109
     """
     owner = 'decoupled_kl_loss'
-    check_temperature(owner, temperature)
     check_finite_number(owner, 'alpha', alpha, minimum=0)
     check_finite_number(owner, 'beta', beta, minimum=0)
     student, teacher = _scores(owner, student, teacher)
+    check_temperature(owner, temperature, student)
     index, counts = _labelled(owner, student, labels, ignore_index, valid)
     log_t = teacher_log_of_classes(teacher, temperature, counts)
     student, teacher = _only(counts, student, teacher.detach())
@@ -274,7 +276,7 @@ def decoupled_kl_loss(
     against_s, among_s = split(divided(student, temperature), log_of_classes(student, temperature))
     against_t, among_t = split(divided(teacher, temperature), log_t)
     both = alpha * kl_along(against_s, against_t, 1) + beta * kl_along(among_s, among_t, 1)
-    return temperature**2 * masked_mean(both, counts)
+    return tempered_mean(both, temperature, counts)
 
 
 @full_precision
@@ -310,7 +312,8 @@ def weighted_soft_label_loss(
             Detached here.
         labels: integer classes, shape (B, h, w), brought to H x W by nearest, or
             (M,).
-        temperature: T, above 0, a number or a scalar tensor.
+        temperature: T, above 0, a number or a scalar tensor; or one for each position
+            or image, (B, 1, H, W), (B, 1, 1, 1) or (M, 1), its square inside the mean.
         ignore_index: pixels with this label do not count; nor do labels that are
             no class.
         valid: pixels that count, bool, shape as ``labels``. ``None``: all.
@@ -330,8 +333,8 @@ def weighted_soft_label_loss(
         0.4382
     """
     owner = 'weighted_soft_label_loss'
-    check_temperature(owner, temperature)
     student, teacher = _scores(owner, student, teacher)
+    check_temperature(owner, temperature, student)
     index, counts = _labelled(owner, student, labels, ignore_index, valid)
     (student,) = _only(counts, student)
 
@@ -343,7 +346,7 @@ def weighted_soft_label_loss(
     weight = -torch.expm1(-hard_s / (hard_t + 1e-7))
     log_s = log_of_classes(student, temperature).clamp(min=LOWEST)
     p_t = teacher_log_of_classes(teacher, temperature, counts).exp()
-    return temperature**2 * masked_mean(weight * -(p_t * log_s).sum(1), counts)
+    return tempered_mean(weight * -(p_t * log_s).sum(1), temperature, counts)
 
 
 @full_precision

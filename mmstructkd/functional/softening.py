@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mmstructkd.errors import ShapeError, check_positive
 from mmstructkd.functional.precision import full_precision
+from mmstructkd.functional.reduce import masked_mean
 from mmstructkd.functional.sharing import once
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     'scale_gradient',
     'standardize_logits',
     'teacher_log_of_classes',
+    'tempered_mean',
 ]
 
 #: Logits near the end of the range make a log-probability of minus infinity, and the term of a class
@@ -28,18 +30,27 @@ __all__ = [
 LOWEST = -1e30
 
 
-def check_temperature(owner: str, temperature: float | Tensor) -> None:
-    """Raise unless ``temperature`` is a finite number above 0, or a scalar tensor.
+def check_temperature(
+    owner: str,
+    temperature: float | Tensor,
+    scores: Tensor | None = None,
+    *,
+    per: tuple[str, ...] = ('position', 'image'),
+) -> None:
+    """Raise unless ``temperature`` is a finite number above 0, a scalar tensor, or one that fits scores.
 
     The value of a tensor is not looked at: that would wait for the device.
 
     Args:
         owner: who asks, for the message.
         temperature: the value.
+        scores: shape (B, C, H, W) or (M, C); given, the temperature may also have the
+            shape (B, 1, H, W) or (M, 1), one a position, or (B, 1, 1, 1), one an image.
+        per: which of these are meant.
 
     Raises:
         ConfigError: a number that is not above 0, or no number.
-        ShapeError: a tensor with axes.
+        ShapeError: a tensor with other axes.
 
     Example:
         >>> check_temperature('doc', 4.0)
@@ -48,6 +59,18 @@ def check_temperature(owner: str, temperature: float | Tensor) -> None:
     if not isinstance(temperature, Tensor):
         check_positive(owner, 'temperature', temperature)
     elif temperature.dim() != 0:
+        if scores is not None:
+            shapes = {'position': (scores.shape[0], 1, *scores.shape[2:])}
+            if scores.dim() == 4:
+                shapes['image'] = (scores.shape[0], 1, 1, 1)
+            allowed = [shape for name, shape in shapes.items() if name in per]
+            if tuple(temperature.shape) in allowed:
+                return
+            raise ShapeError(
+                f'{owner}: `temperature` must be a number or a tensor without axes, got shape '
+                f'{tuple(temperature.shape)}. One for each {" or ".join(n for n in shapes if n in per)} has shape '
+                f'{" or ".join(map(str, allowed))}.'
+            )
         raise ShapeError(
             f'{owner}: `temperature` must be a number or a tensor without axes, got shape '
             f'{tuple(temperature.shape)}. Divide the scores beforehand where positions have temperatures of their own.'
@@ -72,7 +95,9 @@ def divided(scores: Tensor, temperature: float | Tensor) -> Tensor:
         0.0
     """
     if isinstance(temperature, Tensor):
-        scores = scores.clamp(min=torch.finfo(scores.dtype).min)
+        # Of each position's own, one may be below 1: the quotient must stay a number too.
+        lowest = torch.finfo(scores.dtype).min
+        scores = scores.clamp(min=lowest / 256 if temperature.dim() else lowest)
     return scores / temperature
 
 
@@ -165,6 +190,30 @@ def kl_along(log_s: Tensor, log_t: Tensor, dim: int) -> Tensor:
     """
     log_t = log_t.clamp(min=LOWEST)
     return (log_t.exp() * (log_t - log_s.clamp(min=LOWEST))).sum(dim)
+
+
+def tempered_mean(values: Tensor, temperature: float | Tensor, valid: Tensor | None) -> Tensor:
+    """Mean over the positions that count, times the square of the temperature; inside where each has its own.
+
+    Args:
+        values: shape (B, H, W), (M,), or (B, C) for channels of images.
+        temperature: a number, a scalar tensor, or one with the axes of ``values`` and
+            a second one of length 1 more.
+        valid: bool, broadcastable to ``values``. ``None``: all.
+
+    Returns:
+        Scalar; 0 with a graph where nothing counts.
+
+    Example:
+        >>> tempered_mean(torch.ones(2), torch.tensor([[1.0], [3.0]]), None).item()
+        5.0
+    """
+    if not isinstance(temperature, Tensor) or temperature.dim() == 0:
+        return temperature**2 * masked_mean(values, valid)
+    own = temperature.square().squeeze(1)
+    if valid is not None:
+        own = torch.where(valid.expand(values.shape), own, 1)
+    return masked_mean(own * values, valid)
 
 
 def scale_gradient(tensor: Tensor, factor: float) -> Tensor:

@@ -7,6 +7,7 @@ from mmstructkd.losses.category_similarity import CategorySimilarityLoss
 from mmstructkd.losses.channelwise_kl import ChannelwiseKLLoss
 from mmstructkd.losses.correlation_congruence import CorrelationCongruenceLoss
 from mmstructkd.losses.cross_image_kl import CrossImageKLLoss
+from mmstructkd.losses.cross_view_similarity import CrossViewSimilarityLoss
 from mmstructkd.losses.decoupled_kl import DecoupledKLLoss
 from mmstructkd.losses.depth_regression import DepthRegressionLoss
 from mmstructkd.losses.dist import DistLoss
@@ -41,6 +42,7 @@ __all__ = [
     'ChannelwiseKLLoss',
     'CorrelationCongruenceLoss',
     'CrossImageKLLoss',
+    'CrossViewSimilarityLoss',
     'DecoupledKLLoss',
     'DepthRegressionLoss',
     'DistLoss',

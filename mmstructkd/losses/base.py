@@ -42,6 +42,8 @@ class DistillLoss(nn.Module):
             code does, unless a term says otherwise; see :meth:`restrict`.
         needs_labels: it compares with the label of each position, and means
             nothing where there is none.
+        needs_views: it compares turned copies of a batch with the upright one, and
+            belongs on a stream that holds both.
         own_optimizer: config of the optimiser for this loss's own parameters
             (a critic's); ``None``: they go with the student's.
     """
@@ -57,6 +59,7 @@ class DistillLoss(nn.Module):
     by_class: bool = False
     where: str = 'inside'
     needs_labels: bool = False
+    needs_views: bool = False
     own_optimizer: dict | None = None
 
     def __init__(self, loss_weight: float = 1.0) -> None:

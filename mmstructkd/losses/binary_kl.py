@@ -59,6 +59,7 @@ class BinaryKLLoss(SoftenedLoss):
     needs_equal_channels = False
     by_class = True
     softened_axes = None
+    own_temperatures = ('position', 'image')
     tasks = ('seg', 'det')
     transfers = 'independent (sigmoid) class probabilities, most where the teacher is sure'
     paper = 'Structured Knowledge Distillation for Dense Prediction (arXiv:1903.04197)'

@@ -49,6 +49,7 @@ class ChannelwiseKLLoss(SoftenedLoss):
         0.0
     """
 
+    own_temperatures = ('image',)
     tasks = ('seg', 'depth', 'det')
     transfers = 'where in the image each channel is active'
     paper = 'Channel-wise Knowledge Distillation for Dense Prediction (arXiv:2011.13256)'

@@ -81,6 +81,7 @@ class DecoupledKLLoss(SoftenedLoss):
     over_classes = True
     where = 'labelled'
     needs_labels = True
+    own_temperatures = ('position', 'image')
     tasks = ('seg', 'det')
     transfers = 'probability of the right class, and of the others among themselves'
     paper = 'Decoupled Knowledge Distillation (arXiv:2203.08679)'
@@ -118,6 +119,7 @@ class DecoupledKLLoss(SoftenedLoss):
         Raises:
             ConfigError: there are two classes, and ``alpha`` is 0.
         """
+        super().bind(student, teacher)
         if student.shape[1] < 3 and self.alpha == 0:
             raise ConfigError(
                 f'{type(self).__name__}: `alpha` must be above 0 for two classes, got 0. Beside the right class there '

@@ -80,6 +80,7 @@ class PixelwiseKLLoss(SoftenedLoss):
         0.0
     """
 
+    own_temperatures = ('position', 'image')
     tasks = ('seg', 'depth', 'det')
     transfers = 'class probabilities of each pixel'
     paper = (
@@ -112,6 +113,17 @@ class PixelwiseKLLoss(SoftenedLoss):
     def maps_classes(self) -> bool:
         """Whether the teacher may have other classes."""
         return self.class_map is not None
+
+    def bind(self, student: Tensor, teacher: Tensor) -> None:
+        """Size what the temperature learns by the classes that both know.
+
+        Args:
+            student: a probed tensor of the student.
+            teacher: the probed tensor of the teacher.
+        """
+        if self.class_map is not None:
+            student, teacher = self.class_map(student, teacher)
+        super().bind(student, teacher)
 
     def compute(self, student: Tensor, teacher: Tensor, targets: Targets) -> Tensor:
         """Return the unweighted loss."""

@@ -31,12 +31,15 @@ class SoftenedLoss(DistillLoss):
             1, classes at each position; (2, 3), positions of each channel.
             ``None``: there are none, as where a temperature applies to similarities
             of features; then a temperature that changes scores is refused.
+        own_temperatures: whose own temperatures have a meaning to it, of
+            ``'position'`` and ``'image'``.
 
     Raises:
         ConfigError: an argument is out of range.
     """
 
     softened_axes: int | tuple[int, ...] | None = 1
+    own_temperatures: tuple[str, ...] = ()
 
     def __init__(self, loss_weight: float, temperature: Any) -> None:
         super().__init__(loss_weight=loss_weight)
@@ -47,6 +50,35 @@ class SoftenedLoss(DistillLoss):
                 f'{owner}: `temperature` must be one that leaves the scores as they are, got '
                 f'{type(self.temperature).__name__}. Its inputs are not the scores of one distribution along an axis.'
             )
+
+        per = getattr(self.temperature, 'per', 'all')
+        if per != 'all' and per not in self.own_temperatures:
+            raise ConfigError(
+                f'{owner}: `temperature` must be one for {"all positions of an image" if per == "position" else "all"}'
+                f', got {type(self.temperature).__name__} with per={per!r}. {self._why_not(per)}'
+            )
+
+    def _why_not(self, per: str) -> str:
+        """Why a temperature of each position's or image's own means nothing to this loss."""
+        if 'image' in self.own_temperatures:
+            return "Its distributions run over positions, which must share one: set per='image'."
+        if isinstance(self.softened_axes, tuple):
+            return 'Its distributions run over positions and are compared as a whole: take LearnableTemperature.'
+        if self.softened_axes is None:
+            return 'Its inputs are not scores of classes at a position: take LearnableTemperature.'
+        return f'It is no mean over positions or images that T squared of each {per} could stand in: take a number.'
+
+    def bind(self, student: Tensor, teacher: Tensor) -> None:
+        """Size what the temperature learns by what it will be asked about.
+
+        Args:
+            student: a probed tensor of the student.
+            teacher: the probed tensor of the teacher.
+        """
+        if isinstance(self.temperature, Temperature) and self.temperature.per != 'all':
+            if student.dim() in (2, 4) and self.softened_axes is not None:
+                student, teacher = as_two_classes(student, teacher, alone=self.over_classes)
+            self.temperature.bind(student, teacher)
 
     def soften(self, student: Tensor, teacher: Tensor, targets: Targets | None = None) -> Softened:
         """Ask the temperature.
@@ -77,7 +109,7 @@ class SoftenedLoss(DistillLoss):
                 'scores keep nothing but their sign, and have no gradient: set a number.'
             )
         valid = None
-        if self.temperature.reshapes and targets is not None:
+        if (self.temperature.reshapes or self.temperature.per != 'all') and targets is not None:
             valid = self.counting(student, targets)
         softened: Softened = self.temperature(student, teacher, dim=self.softened_axes or 1, valid=valid)
         return softened

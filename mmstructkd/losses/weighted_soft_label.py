@@ -58,6 +58,7 @@ class WeightedSoftLabelLoss(SoftenedLoss):
     over_classes = True
     where = 'labelled'
     needs_labels = True
+    own_temperatures = ('position', 'image')
     tasks = ('seg', 'det')
     transfers = 'class probabilities, most where the student lags behind'
     paper = 'Rethinking Soft Labels for Knowledge Distillation (arXiv:2102.00650)'

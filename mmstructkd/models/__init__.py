@@ -27,8 +27,9 @@ if find_spec('mmseg') is not None:
     from mmstructkd.models.depth_classification_head import DepthClassificationHead
     from mmstructkd.models.depth_head import DepthHead
     from mmstructkd.models.depth_regression_head import DepthRegressionHead
+    from mmstructkd.models.joint_turn_head import JointTurnHead
 
-    __all__ += ['DepthClassificationHead', 'DepthHead', 'DepthRegressionHead']
+    __all__ += ['DepthClassificationHead', 'DepthHead', 'DepthRegressionHead', 'JointTurnHead']
 
 if find_spec('mmdet') is not None:
     from mmstructkd.models.efficientnet_lite import EfficientNetLite

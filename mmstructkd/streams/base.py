@@ -43,11 +43,14 @@ class Stream(ABC):
 
     Attributes:
         labelled: whether its targets have the labels of the task.
+        views: turns of the copies that it holds together with the upright one,
+            ``'none'`` among them; empty: it has no upright one, or no copies.
         reads_data: whether it reads its images from the data loader's batch.
     """
 
     labelled: bool = False
     reads_data: bool = False
+    views: tuple[str, ...] = ()
 
     def __init__(self, norm: str = 'frozen') -> None:
         check_one_of(type(self).__name__, 'norm', norm, NORMS)

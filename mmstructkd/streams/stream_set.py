@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from mmstructkd.errors import ConfigError, suggest
@@ -87,8 +89,20 @@ class StreamSet(Mapping[str, Stream]):
         """
         for term in terms:
             for name in term.on:
+                self._warn_without_views(term, name)
                 if name != LABELLED:
                     self._check_term(term, name)
+
+    def _warn_without_views(self, term: Term, name: str) -> None:
+        """Say so where a loss that compares views is given a batch of one."""
+        if term.loss.needs_views and not (self[name].views if name in self else ()):
+            print_log(
+                f'term {term.name!r}: {type(term.loss).__name__} compares turned copies with the upright batch, '
+                f"and {name!r} does not hold both: it compares the images with themselves. Set on='<stream>' "
+                "with streams=dict(<stream>=dict(type='mmstructkd.TurnedStream', turns=('none', 'half'))).",
+                'current',
+                level=logging.WARNING,
+            )
 
     def _check_term(self, term: Term, name: str) -> None:
         """Check one term on one stream."""

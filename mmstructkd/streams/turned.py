@@ -18,6 +18,7 @@ __all__ = ['TURNS', 'TurnedStream']
 
 #: Those that keep the shape of an image, as what is done to its last two axes.
 TURNS: dict[str, Callable[[Tensor], Tensor]] = {
+    'none': lambda x: x,
     'half': lambda x: x.flip(-1, -2),
     'flip': lambda x: x.flip(-1),
     'flip_half': lambda x: x.flip(-2),
@@ -34,11 +35,12 @@ class TurnedStream(Stream):
 
     Args:
         turns: some of ``'half'`` (by 180 degrees), ``'flip'`` (left to right) and
-            ``'flip_half'`` (both).
+            ``'flip_half'`` (both); with ``'none'`` beside them the upright batch is
+            there too, for losses that compare it with its turned copies.
         norm: what the student's BatchNorm layers do on it.
 
     Raises:
-        ConfigError: no turn, one twice, or an unknown one.
+        ConfigError: no turn but ``'none'``, one twice, or an unknown one.
     """
 
     labelled = True
@@ -51,6 +53,11 @@ class TurnedStream(Stream):
         for turn in turns:
             check_one_of(owner, 'turns', turn, tuple(TURNS))
         self.turns = tuple(turns)
+        if self.turns == ('none',):
+            raise ConfigError(
+                f"{owner}: `turns` must have another turn beside 'none', got {turns!r}. Set on='labelled' instead."
+            )
+        self.views = self.turns if 'none' in self.turns else ()
 
     def _turn(self, value: Tensor | None) -> Tensor | None:
         """All turned copies of a batch of maps."""
@@ -77,5 +84,6 @@ class TurnedStream(Stream):
             images=images,
             input_size=targets.input_size,
             depth=self._turn(targets.depth),
+            views=self.views,
         )
         return StreamBatch(images, None if samples is None else samples * len(self.turns), known)

@@ -17,6 +17,9 @@ _KEY = r'-?\d+|\*|\d*:\d*|[A-Za-z_][\w.]*|\'[^\'\[\]]+\'|"[^"\[\]]+"'
 _PATTERN = re.compile(rf'(?P<side>in:)?(?P<module>[A-Za-z_]\w*(?:\.\w+)*)(?P<keys>(?:\[(?:{_KEY})\])*)')
 _SPAN = re.compile(r'(?:\*|(?P<start>\d*):(?P<stop>\d*))')
 
+#: The last layer of a decoder, as a key.
+LAST = 'last'
+
 
 def _corrected(text: Any) -> str:
     """Suggest what a tap of the wrong form may have meant."""
@@ -50,7 +53,9 @@ class Tap:
         side: ``'output'``, or ``'input'`` (its first positional argument).
         keys: path into a sequence or dict, e.g. ``(2,)`` for ``'neck[2]'``; the
             last one may be a :class:`Span`, for several tensors: ``'neck[*]'``,
-            ``'neck[1:]'``, ``'neck[:4]'``.
+            ``'neck[1:]'``, ``'neck[:4]'``. The word ``last`` is the last layer of a
+            decoder, whether its layers come as a list or along the first axis of one
+            tensor: ``'decode_head[0][last]'``.
 
     Example:
         >>> Tap.parse('in:decode_head.conv_seg')
@@ -197,11 +202,15 @@ class Tap:
             TapError: a key does not exist, or what it names is no tensor.
         """
         for place, key in enumerate(self.keys):
+            if isinstance(value, Tensor) and key == LAST and place and value.dim() > 3:
+                value = value[-1]
+                continue
             if isinstance(value, Tensor):
                 whole = Tap(self.module, self.side, self.keys[:place])
+                queries = ' It shows no queries: leave out the connector that reads them.' if LAST in self.keys else ''
                 raise TapError(
                     f'Tap {str(self)!r}: `[{key}]` must pick one of several {self.side}s, got one tensor of shape '
-                    f'{tuple(value.shape)}; an index would pick an image. Write {str(whole)!r}.'
+                    f'{tuple(value.shape)}; an index would pick an image. Write {str(whole)!r}.{queries}'
                 )
             value = self._entry(value, key)
         entries = value if self.several else [value]
@@ -217,7 +226,7 @@ class Tap:
         """One step down into a sequence or dict."""
         try:
             if not isinstance(key, Span):
-                return value[key]
+                return value[-1 if key == LAST and isinstance(value, (tuple, list)) else key]
             found = list(value[key.start : key.stop]) if isinstance(value, (tuple, list)) else []
             if not found:
                 raise IndexError(key)

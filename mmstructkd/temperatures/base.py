@@ -32,7 +32,9 @@ class Softened(NamedTuple):
     Attributes:
         student: the student's scores.
         teacher: the teacher's.
-        temperature: a number, or a scalar tensor where it is learned.
+        temperature: a number, or a scalar tensor where it is learned; one for each
+            position or image, shape (B, 1, H, W), (B, 1, 1, 1) or (M, 1), of a
+            temperature that says so, see :attr:`Temperature.per`.
     """
 
     student: Tensor
@@ -55,11 +57,22 @@ class Temperature(nn.Module):
         reshapes: whether :meth:`forward` changes the scores. Then it needs the
             axes of their distribution, and a loss whose scores have none refuses
             it.
+        per: whom a temperature is for: ``'all'``, or each ``'position'`` or ``'image'``.
+            Losses say which of these have a meaning to them.
         no_weight_decay: names of own parameters.
     """
 
     reshapes: bool = False
+    per: str = 'all'
     no_weight_decay: tuple[str, ...] = ()
+
+    def bind(self, student: Tensor, teacher: Tensor) -> None:
+        """Build what depends on the width of the scores, once; the default needs nothing.
+
+        Args:
+            student: probed scores, shape (B, C, H, W) or (M, C).
+            teacher: probed scores, same shape.
+        """
 
     def forward(
         self, student: Tensor, teacher: Tensor, *, dim: int | tuple[int, ...] = 1, valid: Tensor | None = None

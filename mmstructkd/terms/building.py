@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from mmstructkd.connectors import build_connector, width_of
 from mmstructkd.errors import ConfigError, check_finite_number, prefix_errors
-from mmstructkd.registry import MODELS, look_up
+from mmstructkd.registry import MODELS
 from mmstructkd.structures import Targets
 from mmstructkd.taps import Regions, Tap
 from mmstructkd.tasks.targets import head_at
 from mmstructkd.terms.diagnosis import (
     check_images_first,
+    check_log_probabilities,
     check_one_channel,
     check_same_bins,
     check_task_labels_positions,
@@ -36,7 +37,7 @@ from mmstructkd.terms.matching import (
     tensor_names,
     widths_in_classes,
 )
-from mmstructkd.terms.reading import build_loss, check_keys
+from mmstructkd.terms.reading import build_loss, check_keys, connector_classes
 from mmstructkd.terms.term import Level, Term
 
 __all__ = ['ProbedNetworks', 'fit_to_probe', 'parse_terms']
@@ -122,6 +123,7 @@ def fit_to_probe(term: Term, probed: ProbedNetworks) -> None:
         notes = term.loss.check_heads(*heads)
     for note in notes:
         print_log(f'term {term.name!r}: {note}', 'current', level=logging.WARNING)
+    check_log_probabilities(term)
     if not probed.teacher_learned:
         term.depth_checks_left = 0
     kind = _connector_class(term)
@@ -198,8 +200,7 @@ def _connector_class(term: Term) -> type | None:
     config = term.connector_config
     if isinstance(config, (list, tuple)):
         return MODELS.get('mmstructkd.SequentialConnector')
-    kind = config.get('type') if isinstance(config, Mapping) else None
-    return look_up(MODELS, kind) if isinstance(kind, str) else kind
+    return connector_classes(config)[0]
 
 
 def _build_connector(

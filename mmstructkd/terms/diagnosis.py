@@ -12,10 +12,12 @@ from mmstructkd.errors import CheckpointError, ConfigError, ShapeError, TapError
 from mmstructkd.structures import Targets
 from mmstructkd.taps import Tap
 from mmstructkd.terms.matching import Classes, Heads, Records, is_binary_pair, scores_of_other_classes
+from mmstructkd.terms.reading import connector_classes
 from mmstructkd.terms.term import Term
 
 __all__ = [
     'check_images_first',
+    'check_log_probabilities',
     'check_one_channel',
     'check_same_bins',
     'check_task_labels_positions',
@@ -49,6 +51,22 @@ def check_images_first(term: Term, side: str, taps: Sequence[Tap], records: Reco
                     f'{images} image at {str(tap)!r}: layers of a decoder, or positions, come first. Tap a module '
                     "of one layer, e.g. 'decoder.layers.5', or one that gives maps."
                 )
+
+
+def check_log_probabilities(term: Term) -> None:
+    """Raise where the connector gives log-probabilities to a loss that reads something else from its inputs."""
+    making = _probability_makers(term)
+    if making and not term.loss.over_classes:
+        raise ConfigError(
+            f'term {term.name!r}: `loss` must compare distributions over classes behind {making[0].__name__}, '
+            f'which gives their logarithms, got {type(term.loss).__name__}. Take PixelwiseKLLoss.'
+        )
+
+
+def _probability_makers(term: Term) -> list[type]:
+    """Classes of the term's connectors that give log-probabilities of classes."""
+    kinds = connector_classes(term.connector_config)
+    return [kind for kind in kinds if kind is not None and getattr(kind, 'gives_log_probabilities', False)]
 
 
 def check_one_channel(
@@ -127,7 +145,7 @@ def explain_misfit(
     try:
         yield
     except ShapeError as err:
-        if scores_of_other_classes(student, teacher, classes):
+        if scores_of_other_classes(student, teacher, classes, are_scores=bool(_probability_makers(term))):
             raise other_classes(term, classes) from err
         raise ShapeError(f'term {term.name!r}: {err}{_about_tokens(term, student, teacher, input_size)}') from err
     except (ConfigError, CheckpointError) as err:

@@ -160,14 +160,18 @@ def widths_in_classes(widths: tuple[int, int], classes: Classes) -> tuple[int, i
     return student, teacher
 
 
-def scores_of_other_classes(student: Tensor, teacher: Tensor, classes: Classes) -> bool:
+def scores_of_other_classes(
+    student: Tensor, teacher: Tensor, classes: Classes, *, are_scores: bool = False
+) -> bool:
     """Whether two tensors have other widths because they are scores over other classes.
 
     Per position: one score a class, one a class and anchor, or one more for
-    the background.
+    the background; ``are_scores``: they are known to be scores of classes.
     """
     if None in classes or classes[0] == classes[1] or 1 in (student.dim(), teacher.dim()):
         return False
+    if are_scores:
+        return True
     wide = widths_in_classes((student.shape[1], teacher.shape[1]), classes)
     anchors = {width / count for width, count in zip(wide, classes, strict=True)}
     return len(anchors) == 1 or wide == (classes[0] + 1, classes[1] + 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,10 +11,20 @@ from torch import nn
 from mmstructkd.errors import ConfigError, TapError, prefix_errors, suggest
 from mmstructkd.losses.base import DistillLoss
 from mmstructkd.optim import check_optimizer
-from mmstructkd.registry import build_part
+from mmstructkd.registry import MODELS, build_part, look_up
 from mmstructkd.taps import Tap
 
-__all__ = ['MATCHES', 'TERM_KEYS', 'build_loss', 'check_keys', 'read_sides', 'read_streams', 'read_taps']
+__all__ = [
+    'MATCHES',
+    'TERM_KEYS',
+    'build_loss',
+    'check_keys',
+    'connector_classes',
+    'read_outputs',
+    'read_sides',
+    'read_streams',
+    'read_taps',
+]
 
 TERM_KEYS = ('tap', 'loss', 'connector', 'schedule', 'match', 'where', 'on')
 #: What configs give a term by mistake, and where it belongs.
@@ -89,6 +100,21 @@ def read_taps(taps: Any, owner: str) -> tuple[Tap, ...]:
     if len(set(parsed)) < len(parsed):
         raise TapError(f'{owner} must name each `tap` once, got {list(several)!r}.')
     return parsed
+
+
+def connector_classes(config: Any) -> list[type | None]:
+    """Classes of the configured connectors, in their order; one ``None`` where it is automatic."""
+    configs = config if isinstance(config, (list, tuple)) else [config]
+    kinds = [one.get('type') if isinstance(one, Mapping) else None for one in configs]
+    return [look_up(MODELS, kind) if isinstance(kind, str) else kind for kind in kinds] or [None]
+
+
+def read_outputs(taps: tuple[Tap, ...], connector: Any) -> tuple[Tap, ...]:
+    """The outputs that the connector reads, where the teacher's tap names a module that gives several."""
+    keys = getattr(connector_classes(connector)[0], 'teacher_outputs', ())
+    if not keys or len(taps) != 1 or taps[0].keys or taps[0].side != 'output':
+        return taps
+    return tuple(dataclasses.replace(taps[0], keys=each) for each in keys)
 
 
 def build_loss(owner: str, config: Any, where: str | None = None) -> DistillLoss:

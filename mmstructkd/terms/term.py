@@ -21,7 +21,7 @@ from mmstructkd.taps import Regions, in_region_head, shows_regions
 from mmstructkd.tasks.targets import point_targets, region_targets, repeat_targets
 from mmstructkd.terms.depth_order import check_depth_order
 from mmstructkd.terms.matching import Records, recorded, repeat_for_branches, repeat_for_cascade
-from mmstructkd.terms.reading import MATCHES, build_loss, read_sides, read_streams, read_taps
+from mmstructkd.terms.reading import MATCHES, build_loss, read_outputs, read_sides, read_streams, read_taps
 from mmstructkd.terms.schedule import WeightSchedule
 
 __all__ = ['Level', 'Term']
@@ -91,7 +91,7 @@ class Term(nn.Module):
         check_one_of(owner, 'match', match, MATCHES)
         self.match = match
         self.student_taps = read_taps(sides['student'], f'{owner}: `student`')
-        self.teacher_taps = read_taps(sides['teacher'], f'{owner}: `teacher`')
+        self.teacher_taps = read_outputs(read_taps(sides['teacher'], f'{owner}: `teacher`'), connector)
         self.connector_config = copy.deepcopy(connector)
         self.loss_config = copy.deepcopy(loss)
         if where is not None:

@@ -34,6 +34,7 @@ SMALL = {
 PYRAMID = ([(2, 4, 8, 6), (2, 5, 4, 3)], [(2, 6, 8, 6), (2, 6, 4, 3)])
 SHAPES = {
     'LayerMixConnector': ([(2, 4, 8, 6), (2, 6, 4, 3)], [(2, 6, 8, 6)] * 3),
+    'QueryMarginals': ([(2, 4, 8, 6)], [(2, 7, 5), (2, 7, 4, 3)]),
     'TokensToMapConnector': ([(2, 48, 4)], [(2, 6, 8, 6)]),
 }
 
@@ -94,7 +95,7 @@ def total(students, teachers):
 
 
 def test_all_connectors_are_here():
-    exported = {n for n in mmstructkd.connectors.__all__ if n.endswith('Connector') and n != 'Connector'}
+    exported = {n for n in mmstructkd.connectors.__all__ if n[0].isupper() and n != 'Connector'}
     assert set(NAMES) == exported
     assert len(NAMES) >= 10
     assert set(SMALL) | set(SHAPES) <= set(NAMES)
@@ -197,6 +198,8 @@ def test_odd_sizes_and_one_image(name):
     students, teachers = SHAPES.get(name, PYRAMID)
     if 'LayerMix' in name:
         sizes = [(1, 4, 7, 5), (1, 6, 3, 3)], [(1, 6, 5, 5)] * 3
+    elif name == 'QueryMarginals':
+        sizes = [(1, 4, 7, 5)], [(1, 3, 5), (1, 3, 5, 9)]
     elif len(students[0]) == 3:
         sizes = [(1, 35, 4)], [(1, 6, 7, 5)]
     else:
