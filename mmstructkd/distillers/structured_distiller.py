@@ -16,7 +16,6 @@ from mmengine.logging import print_log
 from mmengine.model import BaseDataPreprocessor, BaseModel
 from mmengine.runner import Runner
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmstructkd.compat import alone, prepare_to_resume
 from mmstructkd.distillers.probing import (
@@ -34,7 +33,7 @@ from mmstructkd.errors import CheckpointError, ConfigError, TapError, check_fini
 from mmstructkd.functional.sharing import sharing
 from mmstructkd.optim import for_distiller
 from mmstructkd.registry import HOOKS, MODELS, build_part
-from mmstructkd.streams import LABELLED, StreamBatch, StreamPreprocessor, build_streams
+from mmstructkd.streams import LABELLED, StreamBatch, StreamPreprocessor, build_streams, statistics_kept
 from mmstructkd.structures import Targets
 from mmstructkd.taps import (
     Capture,
@@ -571,20 +570,15 @@ class StructuredDistiller(BaseModel):
         teacher_taps = [tap for term in terms for tap in term.teacher_taps]
         student_taps = list(dict.fromkeys([tap for term in terms for tap in term.student_taps]))
         student_taps += [tap for tap in self._teacher.reads if tap not in student_taps]
-        norms = [m for m in self.student.modules() if frozen and m.training and isinstance(m, _BatchNorm)]
-        for module in norms:
-            module.training = False
-        try:
+        networks = (self.student, self.companion) if frozen else ()
+        with statistics_kept(*networks):
             route = 'features' if all(map(in_features, student_taps)) else 'tensor'
             capture = tapped_forward(
                 self.student, batch.inputs, batch.data_samples, student_taps, clone=self._clone, route=route
             )
-        finally:
-            for module in norms:
-                module.training = True
-        teacher = self._teacher.observe(
-            batch.inputs, batch.data_samples, teacher_taps, student=capture.records, labelled=False
-        )
+            teacher = self._teacher.observe(
+                batch.inputs, batch.data_samples, teacher_taps, student=capture.records, labelled=False
+            )
         return Observation(capture, teacher, batch.targets, None)
 
     def set_progress(self, step: int, last: int) -> None:
