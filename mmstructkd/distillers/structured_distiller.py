@@ -6,7 +6,7 @@ import contextlib
 import copy
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -34,6 +34,7 @@ from mmstructkd.functional.sharing import sharing
 from mmstructkd.optim import for_distiller
 from mmstructkd.registry import HOOKS, MODELS, build_part
 from mmstructkd.streams import LABELLED, StreamBatch, StreamPreprocessor, build_streams, statistics_kept
+from mmstructkd.streams.resizing import check_scale, scale_images
 from mmstructkd.structures import Targets
 from mmstructkd.taps import (
     Capture,
@@ -145,6 +146,12 @@ class StructuredDistiller(BaseModel):
             BatchNorm act at 0 as well.
         task_schedule: config of a :class:`WeightSchedule` for that factor.
         streams: configs of other batches by name, for terms with ``on='<name>'``.
+        student_scale: factor, at most 1, by which the images are resized for the
+            student in training, while the teacher sees them as they come and labels
+            keep their size (the form of UVA-Net, arXiv:1904.04449). The student's own
+            pipelines for validation and test must resize likewise: what is saved is
+            a plain student for small images. Levels are matched as if both saw the
+            same size.
 
     Raises:
         ConfigError: a value cannot be used (terms, losses, teacher's classes).
@@ -173,8 +180,10 @@ class StructuredDistiller(BaseModel):
         task_weight: float = 1.0,
         task_schedule: dict | None = None,
         streams: dict | None = None,
+        student_scale: float = 1.0,
     ) -> None:
         probe_size = check_probe_size(probe_size)
+        self_scale = check_scale('StructuredDistiller', 'student_scale', student_scale)
         check_finite_number('StructuredDistiller', 'task_weight', task_weight, minimum=0)
         self_config = None
         if isinstance(student, dict):
@@ -196,6 +205,8 @@ class StructuredDistiller(BaseModel):
         self.task_schedule = WeightSchedule.from_config(task_schedule, 'StructuredDistiller: `task_schedule`')
         self.task_factor = self.task_schedule.factor(0, 1)
         self.step = 0
+        self.student_scale = self_scale
+        self._check_student_scale()
         self.streams = build_streams(streams)
         if any(stream.reads_data for stream in self.streams.values()):
             names = [name for name, stream in self.streams.items() if stream.reads_data]
@@ -214,6 +225,27 @@ class StructuredDistiller(BaseModel):
         # What trains beside the student, or is kept from step to step: owned as the terms are.
         self.companion = self._teacher.trained if self._teacher.trained is not None else nn.Module()
         self.register_state_dict_post_hook(_keep_student_only)
+
+    def _check_student_scale(self) -> None:
+        """A smaller input is for tasks whose labels are maps."""
+        if self.student_scale > 1:
+            raise ConfigError(
+                f'StructuredDistiller: `student_scale` must be at most 1, got {self.student_scale:g}. For a student '
+                'that sees more than its teacher, load larger images and rescale for the teacher with a ViewTeacher.'
+            )
+        if self.student_scale < 1 and task_of(self.student) == 'det':
+            raise ConfigError(
+                f'StructuredDistiller: `student_scale` must be 1 for a detector, got {self.student_scale:g}. Boxes '
+                'would have to shrink with the image, and small objects fall below its strides and anchors. Resize in '
+                'the pipeline, for both.'
+            )
+
+    def _for_student(self, inputs: Tensor, targets: Targets) -> tuple[Tensor, Targets]:
+        """What the student sees of a batch, and what is known of it: maps of labels keep their size."""
+        if self.student_scale == 1:
+            return inputs, targets
+        images = scale_images(inputs, self.student_scale)
+        return images, replace(targets, images=images, input_size=(images.shape[-2], images.shape[-1]))
 
     @staticmethod
     def _build_teacher(teacher: Any, teachers: Any) -> TeacherSource:
@@ -515,6 +547,7 @@ class StructuredDistiller(BaseModel):
         if asked:
             student_taps += [tap for tap in self._teacher.reads if tap not in student_taps]
         targets = collect_targets(self.student, inputs, data_samples) if asked or self.streams else Targets()
+        images, known = self._for_student(inputs, targets)
         with (
             RegionRecorder(self.student, student_taps, self._stages)
             if on_regions
@@ -522,7 +555,7 @@ class StructuredDistiller(BaseModel):
             recorded_points(self.student) if on_points else contextlib.nullcontext([]) as points,
             Capture(self.student, student_taps, clone=self._clone) as capture,
         ):
-            losses = self.student(inputs, data_samples, mode='loss')
+            losses = self.student(images, data_samples, mode='loss')
         regions = None if recorder is None else recorder.regions
         if on_points:
             regions = with_points(regions, points)
@@ -530,7 +563,7 @@ class StructuredDistiller(BaseModel):
             teacher = self._teacher.observe(
                 inputs, data_samples, teacher_taps, student=capture.records, regions=regions
             )
-        return losses, Observation(capture, teacher, targets, regions)
+        return losses, Observation(capture, teacher, known, regions)
 
     def _known(self, inputs: Tensor) -> Targets:
         """What batches of the task know, for a probed input."""
@@ -555,7 +588,12 @@ class StructuredDistiller(BaseModel):
             asked = [term for term in terms if term in active]
             seen = Observation(Capture(self.student, ()), {}, targets, None)
             if asked:
-                batch = stream.make(inputs, data_samples, targets, others.get(name) or {}, self.step)
+                whole = (
+                    targets
+                    if self.student_scale == 1
+                    else replace(targets, images=inputs, input_size=tuple(inputs.shape[-2:]))
+                )
+                batch = stream.make(inputs, data_samples, whole, others.get(name) or {}, self.step)
                 seen = self._observe_stream(batch, asked, frozen=stream.norm == 'frozen')
             for term in terms:
                 if not asked or term in asked:
@@ -570,16 +608,17 @@ class StructuredDistiller(BaseModel):
         teacher_taps = [tap for term in terms for tap in term.teacher_taps]
         student_taps = list(dict.fromkeys([tap for term in terms for tap in term.student_taps]))
         student_taps += [tap for tap in self._teacher.reads if tap not in student_taps]
+        images, known = self._for_student(batch.inputs, batch.targets)
         networks = (self.student, self.companion) if frozen else ()
         with statistics_kept(*networks):
             route = 'features' if all(map(in_features, student_taps)) else 'tensor'
             capture = tapped_forward(
-                self.student, batch.inputs, batch.data_samples, student_taps, clone=self._clone, route=route
+                self.student, images, batch.data_samples, student_taps, clone=self._clone, route=route
             )
             teacher = self._teacher.observe(
                 batch.inputs, batch.data_samples, teacher_taps, student=capture.records, labelled=False
             )
-        return Observation(capture, teacher, batch.targets, None)
+        return Observation(capture, teacher, known, None)
 
     def set_progress(self, step: int, last: int) -> None:
         """Follow the training: the weight of the task, and what the teacher does by the number of the step.
