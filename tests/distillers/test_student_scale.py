@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from mmstructkd.checkpoints import read_checkpoint
 from mmstructkd.errors import ConfigError
 from mmstructkd.registry import MODELS
+from mmstructkd.tasks.scales import scale_notes
 from mmstructkd.testing import (
     toy_batch,
     toy_config,
@@ -98,3 +100,36 @@ def test_prediction_is_the_students_own() -> None:
 def test_a_scale_that_cannot_be(changes: dict, match: str) -> None:
     with pytest.raises(ConfigError, match=match):
         MODELS.build(toy_distiller(**{'terms': SCORES, **changes}))
+
+
+def pipelines(train: list[dict], val: list[dict]) -> dict[str, Any]:
+    """Config of two loaders; that of training has a dataset inside another."""
+    inner = dict(type='SomeDataset', pipeline=[dict(type='LoadImageFromFile'), *train])
+    outer = dict(type='RepeatDataset', dataset=inner)
+    return dict(
+        train_dataloader=dict(dataset=outer), val_dataloader=dict(dataset=dict(type='SomeDataset', pipeline=val))
+    )
+
+
+HALF = dict(type='Resize', scale_factor=0.5)
+RANDOM = dict(type='RandomResize', scale=(2048, 1024), ratio_range=(0.5, 2.0))
+
+
+@pytest.mark.parametrize(
+    ('train', 'val', 'match'),
+    [
+        ([], [HALF], None),
+        ([], [], 'val_dataloader shows images at 1, the student trains at 0.5.*scale_factor=0.5'),
+        ([dict(type='mmseg.Resize', scale_factor=2.0)], [HALF], 'at 0.5, the student trains at 1'),
+        ([RANDOM], [dict(type='Resize', scale=(1024, 512))], None),
+        ([RANDOM], [dict(type='Resize', scale=(2048, 1024))], 'at 1024 x 2048, the student trains at 512 x 1024'),
+        ([RANDOM], [], 'cannot be read'),
+        ([dict(type='RandomChoiceResize', scales=[1, 2])], [HALF], 'cannot be read'),
+    ],
+)
+def test_the_scales_of_training_and_validation(train: list[dict], val: list[dict], match: str | None) -> None:
+    config = pipelines(train, val)
+    notes = scale_notes(config, 0.5)
+    assert len(notes) == (0 if match is None else 1)
+    assert match is None or re.search(match, notes[0])
+    assert scale_notes(config, 1.0) == []
