@@ -34,7 +34,6 @@ from mmstructkd.functional.sharing import sharing
 from mmstructkd.optim import for_distiller
 from mmstructkd.registry import HOOKS, MODELS, build_part
 from mmstructkd.streams import LABELLED, StreamBatch, StreamPreprocessor, build_streams, statistics_kept
-from mmstructkd.streams.resizing import check_scale, scale_images
 from mmstructkd.structures import Targets
 from mmstructkd.taps import (
     Capture,
@@ -50,6 +49,7 @@ from mmstructkd.taps import (
     with_points,
 )
 from mmstructkd.tasks.batches import training_info
+from mmstructkd.tasks.resizing import check_scale, scale_images
 from mmstructkd.tasks.targets import (
     branches_of,
     collect_targets,

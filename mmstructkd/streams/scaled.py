@@ -10,8 +10,8 @@ from torch import Tensor
 
 from mmstructkd.registry import MODELS
 from mmstructkd.streams.base import Stream, StreamBatch
-from mmstructkd.streams.resizing import check_scale, scale_batch
 from mmstructkd.structures import Targets
+from mmstructkd.tasks.resizing import check_scale, scale_batch
 
 __all__ = ['ScaledStream']
 

@@ -11,9 +11,9 @@ from torch import Tensor
 from mmstructkd.errors import ConfigError, check_one_of
 from mmstructkd.registry import MODELS
 from mmstructkd.streams.base import Stream, StreamBatch
-from mmstructkd.streams.samples import unlabelled
 from mmstructkd.structures import Targets
 from mmstructkd.tasks.area import image_sizes
+from mmstructkd.tasks.sample_copies import unlabelled
 
 __all__ = ['TurnedStream']
 

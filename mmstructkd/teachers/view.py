@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from mmstructkd.errors import ConfigError, TapError, check_finite_number
 from mmstructkd.randomness import own_stream
 from mmstructkd.registry import MODELS
-from mmstructkd.streams.resizing import check_scale, scale_batch
 from mmstructkd.structures import Targets
 from mmstructkd.taps import Capture, Regions, Tap, find_route, in_features, in_region_head, tapped_forward
+from mmstructkd.tasks.resizing import check_scale, scale_batch
 from mmstructkd.teachers.base import Records, TeacherSource
 
 __all__ = ['ViewTeacher']

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from mmstructkd.errors import check_positive
-from mmstructkd.streams.samples import resized
+from mmstructkd.tasks.sample_copies import resized
 
 __all__ = ['check_scale', 'scale_batch', 'scale_images']
 
