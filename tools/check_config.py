@@ -31,6 +31,7 @@ from mmstructkd.distillers.preflight import (
 )
 from mmstructkd.errors import CheckpointError, ConfigError, ShapeError, TapError
 from mmstructkd.tasks.batches import input_size, needs_of, real_batch, synthetic_batch, training_info
+from mmstructkd.tasks.scales import scale_notes
 
 PLAIN_WIDTH = 180  # of the tables in a file or a pipe: wide enough for the taps of a pyramid
 
@@ -111,7 +112,7 @@ def check(args: argparse.Namespace, console: Console) -> bool:
     print_parameters(console, trial)
     if cost is not None:
         print_cost(console, cost)
-    for note in trial.notes:
+    for note in (*trial.notes, *scale_notes(cfg, distiller.student_scale)):
         say(console, f'note  {note}')
     for problem in trial.problems:
         say(console, f'PROBLEM  {problem}')

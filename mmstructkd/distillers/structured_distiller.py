@@ -6,6 +6,7 @@ import contextlib
 import copy
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -40,8 +41,8 @@ from mmstructkd.structures import Targets
 from mmstructkd.taps import (
     Capture,
     ForwardFailed,
-    Observation,
     Gates,
+    Observation,
     RegionRecorder,
     Tap,
     in_features,
@@ -52,6 +53,7 @@ from mmstructkd.taps import (
     with_points,
 )
 from mmstructkd.tasks.batches import training_info
+from mmstructkd.tasks.resizing import check_scale, scale_images
 from mmstructkd.tasks.targets import (
     branches_of,
     collect_targets,
@@ -136,6 +138,12 @@ class StructuredDistiller(BaseModel):
         gates: modules of the student behind which no gradient passes: what lies between
             two of them learns from the terms that are tapped there, and the task trains
             what lies behind the last. A tap at a gate sees what comes before it.
+        student_scale: factor, at most 1, by which the images are resized for the
+            student in training, while the teacher sees them as they come and labels
+            keep their size (the form of UVA-Net, arXiv:1904.04449). The student's own
+            pipelines for validation and test must resize likewise: what is saved is
+            a plain student for small images. Levels are matched as if both saw the
+            same size.
 
     Raises:
         ConfigError: a value cannot be used (terms, losses, teacher's classes).
@@ -167,8 +175,10 @@ class StructuredDistiller(BaseModel):
         stages: Sequence[dict] | None = None,
         training_state_from: str | None = None,
         gates: Sequence[str] = (),
+        student_scale: float = 1.0,
     ) -> None:
         probe_size = check_probe_size(probe_size)
+        self_scale = check_scale('StructuredDistiller', 'student_scale', student_scale)
         check_finite_number('StructuredDistiller', 'task_weight', task_weight, minimum=0)
         self_config = None
         if isinstance(student, dict):
@@ -198,6 +208,8 @@ class StructuredDistiller(BaseModel):
                 f'{shown(training_state_from)}.'
             )
         self.training_state_from = training_state_from
+        self.student_scale = self_scale
+        self._check_student_scale()
         with random_state_kept():
             self.terms = parse_terms(terms)
             self._check_student_taps()
@@ -216,6 +228,27 @@ class StructuredDistiller(BaseModel):
         # What trains beside the student, or is kept from step to step: owned as the terms are.
         self.companion = self._teacher.trained if self._teacher.trained is not None else nn.Module()
         self.register_state_dict_post_hook(_keep_student_only)
+
+    def _check_student_scale(self) -> None:
+        """A smaller input is for tasks whose labels are maps."""
+        if self.student_scale > 1:
+            raise ConfigError(
+                f'StructuredDistiller: `student_scale` must be at most 1, got {self.student_scale:g}. For a student '
+                'that sees more than its teacher, load larger images and rescale for the teacher with a ViewTeacher.'
+            )
+        if self.student_scale < 1 and task_of(self.student) == 'det':
+            raise ConfigError(
+                f'StructuredDistiller: `student_scale` must be 1 for a detector, got {self.student_scale:g}. Boxes '
+                'would have to shrink with the image, and small objects fall below its strides and anchors. Resize in '
+                'the pipeline, for both.'
+            )
+
+    def _for_student(self, inputs: Tensor, targets: Targets) -> tuple[Tensor, Targets]:
+        """What the student sees of a batch, and what is known of it: maps of labels keep their size."""
+        if self.student_scale == 1:
+            return inputs, targets
+        images = scale_images(inputs, self.student_scale)
+        return images, replace(targets, images=images, input_size=(images.shape[-2], images.shape[-1]))
 
     @staticmethod
     def _build_teacher(teacher: Any, teachers: Any) -> TeacherSource:
@@ -423,7 +456,9 @@ class StructuredDistiller(BaseModel):
         if self._teacher.is_trained:
             losses.update(self._teacher.objectives(seen.student, seen.targets))
         scores = self.score(seen)
-        batch = TrainingBatch(inputs, data_samples, seen.targets, others, self.step)
+        size = (inputs.shape[-2], inputs.shape[-1])
+        whole = seen.targets if self.student_scale == 1 else replace(seen.targets, images=inputs, input_size=size)
+        batch = TrainingBatch(inputs, data_samples, whole, others, self.step)
         trained = (self.student, self.companion)
         scores.update(self.streams.score(self._run_student, self._teacher, self.terms.values(), batch, trained))
         for name, scored in scores.items():
@@ -518,6 +553,7 @@ class StructuredDistiller(BaseModel):
         if asked:
             student_taps += [tap for tap in self._teacher.reads if tap not in student_taps]
         targets = collect_targets(self.student, inputs, data_samples) if asked or self.streams else Targets()
+        images, known = self._for_student(inputs, targets)
         with (
             RegionRecorder(self.student, student_taps, self._stages)
             if on_regions
@@ -526,7 +562,7 @@ class StructuredDistiller(BaseModel):
             Gates(self.student, self.gates),
             Capture(self.student, student_taps, clone=self._clone) as capture,
         ):
-            losses = self.student(inputs, data_samples, mode='loss')
+            losses = self.student(images, data_samples, mode='loss')
         regions = None if recorder is None else recorder.regions
         if on_points:
             regions = with_points(regions, points)
@@ -534,7 +570,7 @@ class StructuredDistiller(BaseModel):
             teacher = self._teacher.observe(
                 inputs, data_samples, teacher_taps, student=capture.records, regions=regions
             )
-        return losses, Observation(capture, teacher, targets, regions)
+        return losses, Observation(capture, teacher, known, regions)
 
     def _run_student(self, batch: StreamBatch, taps: Sequence[Tap]) -> tuple[Capture, Targets]:
         """Run the student on the batch of a stream, without the losses of the task.
@@ -546,12 +582,11 @@ class StructuredDistiller(BaseModel):
         Returns:
             What was captured, and what is known of the batch as the student sees it.
         """
+        images, known = self._for_student(batch.inputs, batch.targets)
         route = 'features' if all(map(in_features, taps)) else 'tensor'
         with Gates(self.student, self.gates):
-            capture = tapped_forward(
-                self.student, batch.inputs, batch.data_samples, taps, clone=self._clone, route=route
-            )
-        return capture, batch.targets
+            capture = tapped_forward(self.student, images, batch.data_samples, taps, clone=self._clone, route=route)
+        return capture, known
 
     def _known(self, inputs: Tensor) -> Targets:
         """What batches of the task know, for a probed input."""

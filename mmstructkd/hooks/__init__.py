@@ -3,8 +3,8 @@
 from mmstructkd.hooks.due_validation import DueValidationHook
 from mmstructkd.hooks.finite_checkpoint import FiniteCheckpointHook
 from mmstructkd.hooks.finite_loss import FiniteLossHook
-from mmstructkd.hooks.stage import StageHook
 from mmstructkd.hooks.regularization_share import RegularizationShareHook
+from mmstructkd.hooks.stage import StageHook
 from mmstructkd.hooks.student_checkpoint import StudentCheckpointHook
 from mmstructkd.hooks.teacher_cache import TeacherCacheHook
 from mmstructkd.hooks.term_schedule import TermScheduleHook
@@ -13,8 +13,8 @@ __all__ = [
     'DueValidationHook',
     'FiniteCheckpointHook',
     'FiniteLossHook',
-    'StageHook',
     'RegularizationShareHook',
+    'StageHook',
     'StudentCheckpointHook',
     'TeacherCacheHook',
     'TermScheduleHook',

@@ -1,6 +1,6 @@
 """Batches other than the labelled one, on which terms may compare student and teacher."""
 
-from mmstructkd.streams.base import Stream, StreamBatch
+from mmstructkd.streams.base import Stream, StreamBatch, statistics_kept
 from mmstructkd.streams.building import LABELLED, build_streams
 from mmstructkd.streams.data import DataStream
 from mmstructkd.streams.mixed import MixedStream
@@ -21,4 +21,5 @@ __all__ = [
     'TrainingBatch',
     'TurnedStream',
     'build_streams',
+    'statistics_kept',
 ]

@@ -2,19 +2,42 @@
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmstructkd.errors import check_one_of
 from mmstructkd.structures import Targets
 
-__all__ = ['Stream', 'StreamBatch']
+__all__ = ['Stream', 'StreamBatch', 'statistics_kept']
 
 NORMS = ('frozen', 'update')
+
+
+@contextlib.contextmanager
+def statistics_kept(*networks: nn.Module) -> Iterator[None]:
+    """Put the layers that keep running statistics in eval, and back afterwards.
+
+    Args:
+        *networks: whose layers; dropout and all else stay in training.
+    """
+    layers = {
+        module
+        for network in networks
+        for module in network.modules()
+        if module.training and isinstance(getattr(module, 'running_mean', None), Tensor)
+    }
+    for module in layers:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in layers:
+            module.training = True
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,9 +60,9 @@ class Stream(ABC):
     """Turns a training batch into another batch.
 
     Args:
-        norm: what the student's BatchNorm layers do on it: ``'frozen'``, as in
-            eval and without moving their statistics, or ``'update'``, as in
-            training.
+        norm: what the BatchNorm layers of the student, and of a teacher that trains
+            beside it, do on it: ``'frozen'``, as in eval and without moving their
+            statistics, or ``'update'``, as in training.
 
     Attributes:
         labelled: whether its targets have the labels of the task.

@@ -10,9 +10,9 @@ from torch import Tensor
 from mmstructkd.errors import ConfigError
 from mmstructkd.registry import MODELS
 from mmstructkd.streams.base import Stream, StreamBatch
-from mmstructkd.streams.samples import unlabelled
 from mmstructkd.structures import Targets
 from mmstructkd.tasks.area import valid_area
+from mmstructkd.tasks.sample_copies import unlabelled
 
 __all__ = ['DataStream']
 

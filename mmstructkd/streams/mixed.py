@@ -13,8 +13,8 @@ from mmstructkd.errors import check_positive
 from mmstructkd.randomness import own_stream
 from mmstructkd.registry import MODELS
 from mmstructkd.streams.base import Stream, StreamBatch
-from mmstructkd.streams.samples import unlabelled
 from mmstructkd.structures import Targets
+from mmstructkd.tasks.sample_copies import unlabelled
 
 __all__ = ['MixedStream']
 

@@ -7,32 +7,13 @@ from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
-from torch.nn.functional import interpolate
 
-from mmstructkd.errors import check_positive
 from mmstructkd.registry import MODELS
 from mmstructkd.streams.base import Stream, StreamBatch
-from mmstructkd.streams.samples import resized
 from mmstructkd.structures import Targets
+from mmstructkd.tasks.resizing import check_scale, scale_batch
 
-__all__ = ['ScaledStream', 'scale_images']
-
-#: More is a slip, and would fill the memory.
-MAX_SCALE = 16.0
-
-
-def scale_images(inputs: Tensor, scale: float) -> Tensor:
-    """Resize a batch bilinearly, averaging where it shrinks.
-
-    Args:
-        inputs: shape (B, C, H, W).
-        scale: factor of both sides.
-
-    Returns:
-        Shape (B, C, round(scale H), round(scale W)).
-    """
-    size = [max(1, round(side * scale)) for side in inputs.shape[-2:]]
-    return interpolate(inputs, size=size, mode='bilinear', align_corners=False, antialias=scale < 1)
+__all__ = ['ScaledStream']
 
 
 @MODELS.register_module()
@@ -48,8 +29,7 @@ class ScaledStream(Stream):
 
     def __init__(self, scale: float, norm: str = 'frozen') -> None:
         super().__init__(norm)
-        check_positive(type(self).__name__, 'scale', scale, MAX_SCALE)
-        self.scale = float(scale)
+        self.scale = check_scale(type(self).__name__, 'scale', scale)
 
     def make(
         self,
@@ -60,11 +40,11 @@ class ScaledStream(Stream):
         step: int,
     ) -> StreamBatch:
         """Resize the batch; maps of the targets are brought to any grid by whoever reads them."""
-        images = scale_images(inputs, self.scale)
+        images, samples = scale_batch(inputs, data_samples, self.scale)
         size = (images.shape[-2], images.shape[-1])
         factors = (size[0] / inputs.shape[-2], size[1] / inputs.shape[-1])
         boxes = targets.boxes
         if boxes is not None:
             boxes = tuple(box * box.new_tensor([factors[1], factors[0]] * 2) for box in boxes)
         known = replace(targets, images=images, input_size=size, boxes=boxes)
-        return StreamBatch(images, resized(data_samples, factors, size), known)
+        return StreamBatch(images, samples, known)

@@ -9,9 +9,9 @@ from mmstructkd.taps.forward import (
     run_tapped,
     tapped_forward,
 )
-from mmstructkd.taps.observation import Observation
 from mmstructkd.taps.gates import Gates, before_gate
 from mmstructkd.taps.inject import Inject
+from mmstructkd.taps.observation import Observation
 from mmstructkd.taps.points import Sampled, in_point_head, recorded_points, with_points
 from mmstructkd.taps.regions import (
     RegionRecorder,
@@ -28,9 +28,9 @@ __all__ = [
     'Capture',
     'ForwardFailed',
     'ForwardStopped',
-    'Observation',
     'Gates',
     'Inject',
+    'Observation',
     'RegionRecorder',
     'Regions',
     'Sampled',

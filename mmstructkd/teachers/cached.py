@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from mmstructkd.errors import ConfigError
 from mmstructkd.structures import Targets
 from mmstructkd.taps import Capture, Regions, Tap, in_point_head, in_region_head
-from mmstructkd.teachers.base import Records, Repeatable, ProbedTensors, TeacherSource, check_one_batch
+from mmstructkd.teachers.base import ProbedTensors, Records, Repeatable, TeacherSource, check_one_batch
 from mmstructkd.teachers.cache import TeacherCache, hash_of, preprocessing
 from mmstructkd.teachers.wrapper import TeacherWrapper
 

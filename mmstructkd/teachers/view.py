@@ -8,19 +8,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import interpolate
 
-from mmstructkd.errors import ConfigError, TapError, check_finite_number, check_positive
+from mmstructkd.errors import ConfigError, TapError, check_finite_number
 from mmstructkd.randomness import own_stream
 from mmstructkd.registry import MODELS
 from mmstructkd.structures import Targets
 from mmstructkd.taps import Capture, Regions, Tap, find_route, in_features, in_region_head, tapped_forward
+from mmstructkd.tasks.resizing import check_scale, scale_batch
 from mmstructkd.teachers.base import Records, TeacherSource
 
 __all__ = ['ViewTeacher']
-
-#: More is a slip, and would fill the memory.
-MAX_SCALE = 16.0
 
 
 @MODELS.register_module()
@@ -57,7 +54,7 @@ class ViewTeacher(TeacherSource):
         owner = type(self).__name__
         if not isinstance(flip, bool):
             raise ConfigError(f'{owner}: `flip` must be True or False, got {flip!r}.')
-        check_positive(owner, 'scale', scale, MAX_SCALE)
+        scale = check_scale(owner, 'scale', scale)
         if momentum is not None:
             check_finite_number(owner, 'momentum', momentum, minimum=0)
             if not 0 < momentum < 1:
@@ -67,7 +64,7 @@ class ViewTeacher(TeacherSource):
                 f'{owner}: the view must differ from the student, got flip=False, scale=1.0 and no `momentum`. '
                 'Set flip=True, or momentum=0.999 for a mean teacher.'
             )
-        self.flip, self.scale, self.momentum = flip, float(scale), momentum
+        self.flip, self.scale, self.momentum = flip, scale, momentum
         self._student: list[nn.Module] = []  # in a list: not owned
         self._calls: dict[Tap, int] = {}
         self._clone: set[Tap] = set()
@@ -114,8 +111,7 @@ class ViewTeacher(TeacherSource):
         network = self._shown()
         view = inputs
         if self.scale != 1.0:
-            size = [max(1, round(side * self.scale)) for side in inputs.shape[-2:]]
-            view = interpolate(view, size=size, mode='bilinear', align_corners=False, antialias=self.scale < 1)
+            view, data_samples = scale_batch(inputs, data_samples, self.scale)
         if self.flip:
             view = view.flip(-1)
         modes = [(module, module.training) for module in network.modules() if module.training]

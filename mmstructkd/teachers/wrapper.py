@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mmstructkd.structures import Targets
 from mmstructkd.taps import Capture, Regions, Tap
-from mmstructkd.teachers.base import Records, Repeatable, ProbedTensors, TeacherSource
+from mmstructkd.teachers.base import ProbedTensors, Records, Repeatable, TeacherSource
 
 __all__ = ['TeacherWrapper']
 

@@ -28,8 +28,8 @@ from mmstructkd.losses import (
 )
 from mmstructkd.registry import MODELS
 from mmstructkd.structures import Targets
-from mmstructkd.terms import building as term_building
 from mmstructkd.teachers import TeacherSource
+from mmstructkd.terms import building as term_building
 from mmstructkd.terms import term as term_module
 from mmstructkd.terms.depth_order import check_depth_order, depth_order
 from mmstructkd.testing import toy_config, toy_depth_estimator, toy_distiller
