@@ -73,6 +73,14 @@ class TeacherSource(ABC):
             config: its config, where it was given as one.
         """
 
+    def begin(self, student: nn.Module) -> None:
+        """Called when the student has been initialised, before any weights are loaded into it.
+
+        Args:
+            student: the student.
+        """
+        return
+
     @abstractmethod
     def probe(
         self,

@@ -115,6 +115,11 @@ class TeacherGroup(TeacherSource):
         for member in self.members.values():
             member.attach(student, config)
 
+    def begin(self, student: nn.Module) -> None:
+        """Tell each member."""
+        for member in self.members.values():
+            member.begin(student)
+
     def _each(self, parts: Mapping[str, Mapping[Tap, Tap]], ask: Callable[..., Records]) -> dict[Tap, list[Tensor]]:
         """Ask each member; means go last."""
         found: dict[Tap, list[Tensor]] = {}

@@ -33,6 +33,9 @@ KINDS: dict[str, dict] = {
     'self_detached': dict(teacher=dict(SELF, detach=True), terms=SCORES),
     'peer': dict(teacher=peer(), terms=SCORES),
     'peer_with_optimizer': dict(teacher=peer(optimizer=SGD), terms=SCORES),
+    'peer_with_constraint': dict(
+        teacher=peer(constraints=dict(back=dict(bound=0.1, rate=0.1)), zero_classifier=True), terms=SCORES
+    ),
     'view': dict(teacher=dict(type='mmstructkd.ViewTeacher', flip=True), terms=SCORES),
     'average': dict(teacher=dict(type='mmstructkd.ViewTeacher', momentum=0.9, flip=True), terms=SCORES),
     'group': dict(
