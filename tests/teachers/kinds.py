@@ -50,6 +50,13 @@ KINDS: dict[str, dict] = {
             b=dict(tap=dict(student='decode_head.conv_seg', teacher='own.decode_head.conv_seg'), loss=KL),
         ),
     ),
+    'fused': dict(
+        teachers=dict(peer=peer(), fused=dict(SELF, also='peer.backbone[*]')),
+        terms=dict(
+            mutual=dict(tap=dict(student='decode_head.conv_seg', teacher='peer.decode_head.conv_seg'), loss=KL),
+            fused=dict(tap=dict(student='decode_head.conv_seg', teacher='fused.decode_head.conv_seg'), loss=KL),
+        ),
+    ),
     'mixed': dict(
         teacher=frozen(8),
         streams=dict(mixed=dict(type='mmstructkd.MixedStream')),
@@ -69,7 +76,7 @@ KINDS: dict[str, dict] = {
 
 
 def model_of(kind: str, **changes: Any) -> dict:
-    model = toy_distiller(**copy.deepcopy(KINDS[kind]), **changes)
+    model = toy_distiller(**{**copy.deepcopy(KINDS[kind]), **changes})
     if 'teachers' in KINDS[kind]:
         model.pop('teacher')
     return model
