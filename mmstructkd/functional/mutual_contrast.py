@@ -169,7 +169,7 @@ def _between_centers(
     classes: Tensor,
     temperature: float | Tensor,
     kd_temperature: float,
-    soft_weight: float,
+    weights: Sequence[float],
 ) -> Tensor:
     """The contrast of unit centres (n, D) of student and teacher, of which ``counts`` are there."""
     one, other = centers
@@ -177,13 +177,19 @@ def _between_centers(
     positive = (classes[:, None] == classes) & apart & counts & counts[:, None]
     with exact_matmul(one.device.type):
         own, across = one @ one.mT / temperature, one @ other.mT / temperature
-    loss = _contrast(own, positive, counts, apart) + _contrast(across, positive, counts, apart)
-    if not soft_weight:
-        return loss
-    with exact_matmul(one.device.type):
-        theirs = other @ other.mT / temperature
-    soft = _soft(own, theirs, counts, kd_temperature) + _soft(across, across.mT, counts, kd_temperature)
-    return loss + soft_weight * soft
+    within, between, soft_within, soft_between = weights
+    loss = one.sum() * 0
+    if within:
+        loss = loss + within * _contrast(own, positive, counts, apart)
+    if between:
+        loss = loss + between * _contrast(across, positive, counts, apart)
+    if soft_within:
+        with exact_matmul(one.device.type):
+            theirs = other @ other.mT / temperature
+        loss = loss + soft_within * _soft(own, theirs, counts, kd_temperature)
+    if soft_between:
+        loss = loss + soft_between * _soft(across, across.mT, counts, kd_temperature)
+    return loss
 
 
 def prototype_contrast_loss(
@@ -195,6 +201,7 @@ def prototype_contrast_loss(
     temperature: float | Tensor = 0.1,
     kd_temperature: float = 3.0,
     soft_weight: float = 0.0,
+    weights: Sequence[float] | None = None,
     ignore_index: int = 255,
     valid: Tensor | None = None,
 ) -> Tensor:
@@ -220,6 +227,8 @@ def prototype_contrast_loss(
         temperature: :math:`\tau`, above 0, a number or a scalar tensor.
         kd_temperature: T of the soft parts, above 0.
         soft_weight: w, at least 0.
+        weights: of the four parts in the order of the formula, each at least 0.
+            ``None``: 1, 1, w and w.
         ignore_index: pixels with this label do not count.
         valid: pixels that count, bool, shape (B, h, w), likewise. ``None``: all.
 
@@ -247,6 +256,13 @@ def prototype_contrast_loss(
     check_temperature(owner, temperature)
     check_positive(owner, 'kd_temperature', kd_temperature)
     check_finite_number(owner, 'soft_weight', soft_weight, minimum=0)
+    shares = (1.0, 1.0, soft_weight, soft_weight) if weights is None else tuple(weights)
+    for share in shares:
+        check_finite_number(owner, 'weights', share, minimum=0)
+    if len(shares) != 4 or (weights is not None and soft_weight):
+        raise ConfigError(
+            f'{owner}: `weights` must be four numbers, and `soft_weight` 0 beside them, got {shares!r} and {soft_weight:g}.'
+        )
     check_ndim(owner, 'student', student, 4, '(B, D, H, W)')
     check_ndim(owner, 'teacher', teacher, 4, '(B, D, H, W)')
     check_same(owner, student, teacher, (0, 1, 2, 3), 'B, D, H and W', 'Embed both in one width and size.')
@@ -259,5 +275,5 @@ def prototype_contrast_loss(
         centers.append(unit_vectors(found, 2, floor).flatten(0, 1))
     counts = (amount > 0).flatten()
     classes = torch.arange(num_classes, device=student.device).repeat(student.shape[0])
-    loss: Tensor = _between_centers(centers, counts, classes, temperature, kd_temperature, soft_weight)
+    loss: Tensor = _between_centers(centers, counts, classes, temperature, kd_temperature, shares)
     return loss

@@ -27,6 +27,11 @@ def frozen(width: int) -> dict:
 
 SELF = dict(type='mmstructkd.SelfTeacher')
 LEVELS = dict(tap=dict(student='backbone[*]', teacher='neck[*]'), match='order', loss=ATTENTION)
+CONTRAST = dict(
+    tap='decode_head.convs',
+    connector=dict(type='mmstructkd.DeepProjectorConnector', out_channels=5),
+    loss=dict(type='mmstructkd.PrototypeContrastLoss'),
+)
 #: Changes of a toy distiller that make it one with such a teacher.
 KINDS: dict[str, dict] = {
     'self': dict(teacher=SELF, terms=dict(SCORES, levels=LEVELS)),
@@ -36,6 +41,7 @@ KINDS: dict[str, dict] = {
     'peer_with_constraint': dict(
         teacher=peer(constraints=dict(back=dict(bound=0.1, rate=0.1)), zero_classifier=True), terms=SCORES
     ),
+    'contrast': dict(teacher=peer(terms=dict(back=CONTRAST)), terms=dict(kd=CONTRAST)),
     'view': dict(teacher=dict(type='mmstructkd.ViewTeacher', flip=True), terms=SCORES),
     'average': dict(teacher=dict(type='mmstructkd.ViewTeacher', momentum=0.9, flip=True), terms=SCORES),
     'group': dict(
