@@ -261,7 +261,8 @@ def prototype_contrast_loss(
         check_finite_number(owner, 'weights', share, minimum=0)
     if len(shares) != 4 or (weights is not None and soft_weight):
         raise ConfigError(
-            f'{owner}: `weights` must be four numbers, and `soft_weight` 0 beside them, got {shares!r} and {soft_weight:g}.'
+            f'{owner}: `weights` must be four numbers, and `soft_weight` 0 beside them, got {shares!r} and '
+            f'{soft_weight:g}.'
         )
     check_ndim(owner, 'student', student, 4, '(B, D, H, W)')
     check_ndim(owner, 'teacher', teacher, 4, '(B, D, H, W)')
