@@ -64,9 +64,12 @@ def _contrast(scores: Tensor, positive: Tensor, counts: Tensor, apart: Tensor) -
 
 
 def _soft(student: Tensor, teacher: Tensor, counts: Tensor, temperature: float) -> Tensor:
-    """T squared times the mean divergence of rows of similarities; an embedding is its own key here."""
+    """T squared times the mean divergence of rows of similarities; an embedding is its own key here.
+
+    The teacher's side is detached by the caller, all but its temperature.
+    """
     lowest = torch.finfo(student.dtype).min
-    log_s, log_t = (torch.where(counts, z / temperature, lowest).log_softmax(1) for z in (student, teacher.detach()))
+    log_s, log_t = (torch.where(counts, z / temperature, lowest).log_softmax(1) for z in (student, teacher))
     return temperature**2 * masked_mean(kl_along(log_s, log_t, 1), counts)
 
 
@@ -156,9 +159,9 @@ def mutual_contrast_losses(
 
     return MutualContrast(
         within=total([_contrast(near[i][i], positive, counts, apart) for i in range(len(rows))]),
-        soft_within=total([_soft(near[i][i], near[j][j], counts, kd_temperature) for i, j in pairs]),
+        soft_within=total([_soft(near[i][i], near[j][j].detach(), counts, kd_temperature) for i, j in pairs]),
         across=total([_contrast(near[i][j], positive, counts, apart) for i, j in pairs]),
-        soft_across=total([_soft(near[i][j], near[j][i], counts, kd_temperature) for i, j in pairs]),
+        soft_across=total([_soft(near[i][j], near[j][i].detach(), counts, kd_temperature) for i, j in pairs]),
     )
 
 
@@ -188,7 +191,9 @@ def _between_centers(
             theirs = other @ other.mT / temperature
         loss = loss + soft_within * _soft(own, theirs, counts, kd_temperature)
     if soft_between:
-        loss = loss + soft_between * _soft(across, across.mT, counts, kd_temperature)
+        with exact_matmul(one.device.type):
+            back = other @ one.detach().mT / temperature
+        loss = loss + soft_between * _soft(across, back, counts, kd_temperature)
     return loss
 
 
