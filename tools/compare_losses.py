@@ -63,6 +63,7 @@ SHIPPED = {
     'PairwiseAffinityLoss': ('structkd', 'pairwise'),
     'PixelSimilarityLoss': ('dsd', 'attention'),
     'PixelwiseKLLoss': ('kd', 'pixel'),
+    'PrototypeContrastLoss': ('mcl', 'contrast'),
     'RegionContrastLoss': ('crd', 'region'),
     'RelationalLoss': ('rkd', 'relation'),
     'SimilarityPreservingLoss': ('sp', 'similarity'),

@@ -1,18 +1,14 @@
-# Near MFEF: refined features of its own and a peer; the authors fuse both before one head.
+# MFEF: the features of two networks that learn together, fused before one head, teach the student beside the peer.
 _base_ = '../scenes/upernet_r18-w8_300_scenes-128x128.py'
+scores, kl = 'decode_head.conv_seg', dict(type='mmstructkd.PixelwiseKLLoss')
 model = dict(
     _delete_=True,
     type='mmstructkd.StructuredDistiller',
     student=_base_.model,
     teachers=dict(
-        own=dict(type='mmstructkd.SelfTeacher', features='backbone[*]'),
         peer=dict(
-            type='mmstructkd.PeerTeacher',
-            config='{{ fileDirname }}/../scenes/upernet_r18-w8_300_scenes-128x128.py')),
-    terms=dict(
-        own=dict(
-            tap=dict(student='decode_head.conv_seg', teacher='own.decode_head.conv_seg'),
-            loss=dict(type='mmstructkd.PixelwiseKLLoss')),
-        peer=dict(
-            tap=dict(student='decode_head.conv_seg', teacher='peer.decode_head.conv_seg'),
-            loss=dict(type='mmstructkd.PixelwiseKLLoss'))))
+            type='mmstructkd.PeerTeacher', terms=dict(back=dict(tap=scores, loss=kl)),
+            config='{{ fileDirname }}/../scenes/upernet_r18-w8_300_scenes-128x128.py'),
+        fused=dict(type='mmstructkd.SelfTeacher', also='peer.backbone[*]')),
+    terms={
+        name: dict(tap=dict(student=scores, teacher=f'{name}.{scores}'), loss=kl) for name in ('peer', 'fused')})

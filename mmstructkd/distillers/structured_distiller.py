@@ -420,6 +420,7 @@ class StructuredDistiller(BaseModel):
     def init_weights(self) -> None:
         """Initialise the student as in plain training; the rest is initialised when built."""
         self.student.init_weights()
+        self._teacher.begin(self.student)
         self._is_init = True
 
     def forward(

@@ -64,9 +64,12 @@ def _contrast(scores: Tensor, positive: Tensor, counts: Tensor, apart: Tensor) -
 
 
 def _soft(student: Tensor, teacher: Tensor, counts: Tensor, temperature: float) -> Tensor:
-    """T squared times the mean divergence of rows of similarities; an embedding is its own key here."""
+    """T squared times the mean divergence of rows of similarities; an embedding is its own key here.
+
+    The teacher's side is detached by the caller, all but its temperature.
+    """
     lowest = torch.finfo(student.dtype).min
-    log_s, log_t = (torch.where(counts, z / temperature, lowest).log_softmax(1) for z in (student, teacher.detach()))
+    log_s, log_t = (torch.where(counts, z / temperature, lowest).log_softmax(1) for z in (student, teacher))
     return temperature**2 * masked_mean(kl_along(log_s, log_t, 1), counts)
 
 
@@ -156,9 +159,9 @@ def mutual_contrast_losses(
 
     return MutualContrast(
         within=total([_contrast(near[i][i], positive, counts, apart) for i in range(len(rows))]),
-        soft_within=total([_soft(near[i][i], near[j][j], counts, kd_temperature) for i, j in pairs]),
+        soft_within=total([_soft(near[i][i], near[j][j].detach(), counts, kd_temperature) for i, j in pairs]),
         across=total([_contrast(near[i][j], positive, counts, apart) for i, j in pairs]),
-        soft_across=total([_soft(near[i][j], near[j][i], counts, kd_temperature) for i, j in pairs]),
+        soft_across=total([_soft(near[i][j], near[j][i].detach(), counts, kd_temperature) for i, j in pairs]),
     )
 
 
@@ -169,7 +172,7 @@ def _between_centers(
     classes: Tensor,
     temperature: float | Tensor,
     kd_temperature: float,
-    soft_weight: float,
+    weights: Sequence[float],
 ) -> Tensor:
     """The contrast of unit centres (n, D) of student and teacher, of which ``counts`` are there."""
     one, other = centers
@@ -177,13 +180,21 @@ def _between_centers(
     positive = (classes[:, None] == classes) & apart & counts & counts[:, None]
     with exact_matmul(one.device.type):
         own, across = one @ one.mT / temperature, one @ other.mT / temperature
-    loss = _contrast(own, positive, counts, apart) + _contrast(across, positive, counts, apart)
-    if not soft_weight:
-        return loss
-    with exact_matmul(one.device.type):
-        theirs = other @ other.mT / temperature
-    soft = _soft(own, theirs, counts, kd_temperature) + _soft(across, across.mT, counts, kd_temperature)
-    return loss + soft_weight * soft
+    within, between, soft_within, soft_between = weights
+    loss = one.sum() * 0
+    if within:
+        loss = loss + within * _contrast(own, positive, counts, apart)
+    if between:
+        loss = loss + between * _contrast(across, positive, counts, apart)
+    if soft_within:
+        with exact_matmul(one.device.type):
+            theirs = other @ other.mT / temperature
+        loss = loss + soft_within * _soft(own, theirs, counts, kd_temperature)
+    if soft_between:
+        with exact_matmul(one.device.type):
+            back = other @ one.detach().mT / temperature
+        loss = loss + soft_between * _soft(across, back, counts, kd_temperature)
+    return loss
 
 
 def prototype_contrast_loss(
@@ -195,6 +206,7 @@ def prototype_contrast_loss(
     temperature: float | Tensor = 0.1,
     kd_temperature: float = 3.0,
     soft_weight: float = 0.0,
+    weights: Sequence[float] | None = None,
     ignore_index: int = 255,
     valid: Tensor | None = None,
 ) -> Tensor:
@@ -220,6 +232,8 @@ def prototype_contrast_loss(
         temperature: :math:`\tau`, above 0, a number or a scalar tensor.
         kd_temperature: T of the soft parts, above 0.
         soft_weight: w, at least 0.
+        weights: of the four parts in the order of the formula, each at least 0.
+            ``None``: 1, 1, w and w.
         ignore_index: pixels with this label do not count.
         valid: pixels that count, bool, shape (B, h, w), likewise. ``None``: all.
 
@@ -247,6 +261,14 @@ def prototype_contrast_loss(
     check_temperature(owner, temperature)
     check_positive(owner, 'kd_temperature', kd_temperature)
     check_finite_number(owner, 'soft_weight', soft_weight, minimum=0)
+    shares = (1.0, 1.0, soft_weight, soft_weight) if weights is None else tuple(weights)
+    for share in shares:
+        check_finite_number(owner, 'weights', share, minimum=0)
+    if len(shares) != 4 or (weights is not None and soft_weight):
+        raise ConfigError(
+            f'{owner}: `weights` must be four numbers, and `soft_weight` 0 beside them, got {shares!r} and '
+            f'{soft_weight:g}.'
+        )
     check_ndim(owner, 'student', student, 4, '(B, D, H, W)')
     check_ndim(owner, 'teacher', teacher, 4, '(B, D, H, W)')
     check_same(owner, student, teacher, (0, 1, 2, 3), 'B, D, H and W', 'Embed both in one width and size.')
@@ -259,5 +281,5 @@ def prototype_contrast_loss(
         centers.append(unit_vectors(found, 2, floor).flatten(0, 1))
     counts = (amount > 0).flatten()
     classes = torch.arange(num_classes, device=student.device).repeat(student.shape[0])
-    loss: Tensor = _between_centers(centers, counts, classes, temperature, kd_temperature, soft_weight)
+    loss: Tensor = _between_centers(centers, counts, classes, temperature, kd_temperature, shares)
     return loss

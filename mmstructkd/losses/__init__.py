@@ -26,6 +26,7 @@ from mmstructkd.losses.ordinal_relation import OrdinalRelationLoss
 from mmstructkd.losses.pairwise_affinity import PairwiseAffinityLoss
 from mmstructkd.losses.pixel_similarity import PixelSimilarityLoss
 from mmstructkd.losses.pixelwise_kl import PixelwiseKLLoss
+from mmstructkd.losses.prototype_contrast import PrototypeContrastLoss
 from mmstructkd.losses.region_contrast import RegionContrastLoss
 from mmstructkd.losses.relational import RelationalLoss
 from mmstructkd.losses.scale_shift_invariant import ScaleShiftInvariantLoss
@@ -62,6 +63,7 @@ __all__ = [
     'PairwiseAffinityLoss',
     'PixelSimilarityLoss',
     'PixelwiseKLLoss',
+    'PrototypeContrastLoss',
     'RegionContrastLoss',
     'RelationalLoss',
     'ScaleShiftInvariantLoss',

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 
 from mmstructkd.models.depth_bins import BinsToDepth, DepthBinLoss, ScoreToDepth
 from mmstructkd.models.depth_losses import DepthL1Loss, DepthSILogLoss
+from mmstructkd.models.fusion_neck import FusionNeck
 from mmstructkd.models.given_features import GivenFeatures
 from mmstructkd.models.refinement_neck import RefinementNeck
 from mmstructkd.models.residual_backbone import ResidualBackbone
@@ -17,6 +18,7 @@ __all__ = [
     'DepthBinLoss',
     'DepthL1Loss',
     'DepthSILogLoss',
+    'FusionNeck',
     'GivenFeatures',
     'RefinementNeck',
     'ResidualBackbone',

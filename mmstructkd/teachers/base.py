@@ -50,6 +50,7 @@ class TeacherSource(ABC):
     Attributes:
         hooks: hooks that it needs in a run, by name.
         reads: taps of the student that it looks at.
+        beside: taps of other members of its group that it looks at, with their names.
         follows: it shows nothing before the student has run.
         trained: modules that train beside the student (or an average that is
             kept); ``None``: there are none. Set by :meth:`probe` at the latest.
@@ -66,12 +67,22 @@ class TeacherSource(ABC):
 
     hooks: tuple[str, ...] = ()
     reads: tuple[Tap, ...] = ()
+    beside: tuple[Tap, ...] = ()
     follows: bool = False
     trained: nn.Module | None = None
     own_optimizer: dict | None = None
     terms: Mapping[str, Any] = {}
     network: nn.Module | None = None
     compiled: bool = False
+
+    def join(self, name: str, members: Mapping[str, TeacherSource]) -> None:
+        """Learn which other teachers there are, before :meth:`attach`; one that stands alone is not told.
+
+        Args:
+            name: its own name in the group.
+            members: all of the group.
+        """
+        return
 
     @abstractmethod
     def attach(self, student: nn.Module, config: Mapping[str, Any] | None = None) -> None:
@@ -81,6 +92,14 @@ class TeacherSource(ABC):
             student: the student.
             config: its config, where it was given as one.
         """
+
+    def begin(self, student: nn.Module) -> None:
+        """Called when the student has been initialised, before any weights are loaded into it.
+
+        Args:
+            student: the student.
+        """
+        return
 
     @abstractmethod
     def probe(

@@ -48,8 +48,7 @@ class TeacherGroup(TeacherSource):
                 raise ConfigError(f'{owner}: a name must be an identifier of its own, got {name!r}. Rename it.')
             self.members[name] = member if isinstance(member, TeacherSource) else build_source(member, name)
         for name, member in self.members.items():
-            if isinstance(member, TeacherMean):
-                member.join(name, self.members)
+            member.join(name, self.members)
         self._link()
 
     def _link(self) -> None:
@@ -67,8 +66,7 @@ class TeacherGroup(TeacherSource):
         memo[id(self)] = twin
         twin.members = {name: copy.deepcopy(member, memo) for name, member in self.members.items()}
         for name, member in twin.members.items():
-            if isinstance(member, TeacherMean):
-                member.join(name, twin.members)
+            member.join(name, twin.members)
         twin._link()
         return twin
 
@@ -105,6 +103,9 @@ class TeacherGroup(TeacherSource):
             name, own = self.member_of(tap)
             parts[name][own] = tap
         for name, member in self.members.items():
+            for whole in member.beside:
+                other, own = self.member_of(whole)
+                parts[other].setdefault(own, whole)
             if isinstance(member, TeacherMean):
                 for own in parts[name]:
                     for other in member.weights:
@@ -116,17 +117,25 @@ class TeacherGroup(TeacherSource):
         for member in self.members.values():
             member.attach(student, config)
 
+    def begin(self, student: nn.Module) -> None:
+        """Tell each member."""
+        for member in self.members.values():
+            member.begin(student)
+
     def _each(self, parts: Mapping[str, Mapping[Tap, Tap]], ask: Callable[..., Records]) -> dict[Tap, list[Tensor]]:
-        """Ask each member; means go last."""
+        """Ask each member; those that look at others go behind them, means last."""
         found: dict[Tap, list[Tensor]] = {}
-        ordered = sorted(self.members, key=lambda name: isinstance(self.members[name], TeacherMean))
+        ordered = sorted(
+            self.members,
+            key=lambda name: (isinstance(self.members[name], TeacherMean), bool(self.members[name].beside)),
+        )
         shown: dict[str, Records] = {}
         for name in ordered:
             member, own = self.members[name], parts[name]
             if isinstance(member, TeacherMean):
                 shown[name] = member.mean(list(own), shown)
             elif own or member.is_trained:
-                shown[name] = ask(member, list(own))
+                shown[name] = ask(member, list(own), {tap: found[tap] for tap in member.beside})
             else:
                 continue
             found.update({whole: shown[name][tap] for tap, whole in own.items()})
@@ -147,9 +156,10 @@ class TeacherGroup(TeacherSource):
         passes: dict[Tap, int] = {}
         partial: list[bool] = []
 
-        def ask(member: TeacherSource, own: list[Tap]) -> Records:
+        def ask(member: TeacherSource, own: list[Tap], others: Records) -> Records:
             more = {} if regions is None else {'regions': regions}
-            seen = member.probe(inputs, data_samples, own, student=student, targets=targets, **more)
+            known = {**(student or {}), **others}
+            seen = member.probe(inputs, data_samples, own, student=known, targets=targets, **more)
             name = next(key for key, value in self.members.items() if value is member)
             passes.update({whole: seen.passes[tap] for tap, whole in parts[name].items()})
             partial.append(seen.partial)
@@ -173,8 +183,9 @@ class TeacherGroup(TeacherSource):
     ) -> dict[Tap, list[Tensor]]:
         """Ask each member that is tapped, or that trains."""
 
-        def ask(member: TeacherSource, own: list[Tap]) -> Records:
-            return member.observe(inputs, data_samples, own, student=student, regions=regions, labelled=labelled)
+        def ask(member: TeacherSource, own: list[Tap], others: Records) -> Records:
+            known = {**(student or {}), **others}
+            return member.observe(inputs, data_samples, own, student=known, regions=regions, labelled=labelled)
 
         return self._each(self._split(taps), ask)
 

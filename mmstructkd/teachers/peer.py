@@ -8,12 +8,13 @@ from typing import Any
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
-from mmstructkd.errors import ConfigError
+from mmstructkd.errors import ConfigError, check_flag
 from mmstructkd.registry import MODELS
 from mmstructkd.structures import Targets
 from mmstructkd.taps import Capture, Regions, Tap, probe_regions
 from mmstructkd.tasks.targets import head_of, num_classes_of
 from mmstructkd.teachers.base import Records
+from mmstructkd.teachers.constraint import build_constraints
 from mmstructkd.teachers.loading import build_network, load_weights
 from mmstructkd.teachers.normalization import InputConversion
 from mmstructkd.teachers.trained import TrainedTeacher
@@ -43,6 +44,13 @@ class PeerTeacher(TrainedTeacher):
             its own config initialises it.
         trust_checkpoint: allow a checkpoint whose reading runs code.
         terms: terms by name, from the student to it.
+        constraints: by the name of a term the arguments of a
+            :class:`~mmstructkd.teachers.constraint.Constraint`: the term is held below
+            a bound by a multiplier that is learned, in place of a fixed weight (the
+            dual form of ProKT). The multiplier is logged.
+        zero_classifier: begin with the layers ``conv_seg`` of both networks at 0, so
+            that both predict all classes alike, as ProKT does. Weights that are loaded
+            into the student later (``load_from``) take its place.
         task_weight: factor of its task losses.
         task_schedule: config of a :class:`WeightSchedule` for that factor.
         optimizer: config of an optimiser of its own; ``None``: it goes with the
@@ -60,6 +68,8 @@ class PeerTeacher(TrainedTeacher):
         *,
         trust_checkpoint: bool = False,
         terms: Mapping[str, Any] | None = None,
+        constraints: Mapping[str, Any] | None = None,
+        zero_classifier: bool = False,
         task_weight: float = 1.0,
         task_schedule: Mapping[str, Any] | None = None,
         optimizer: Mapping[str, Any] | None = None,
@@ -75,10 +85,15 @@ class PeerTeacher(TrainedTeacher):
             print_log(f'{owner}: the network starts as its config initialises it.', 'current')
         else:
             self.hash = load_weights(network, checkpoint, owner=owner, trust_checkpoint=trust_checkpoint)
+        check_flag(owner, 'zero_classifier', zero_classifier)
+        self.zero_classifier = zero_classifier
+        if zero_classifier:
+            _set_to_zero(network, owner, 'its own network')
         network.train()
         self.trained = nn.Module()
         self.trained.network = network
         self.trained.terms = parse_terms(terms, 'PeerTeacher') if terms else nn.ModuleDict()
+        self.trained.constraints = build_constraints(constraints, self.trained.terms, owner)
         self._adopt(self.trained)
         self.reads = tuple(dict.fromkeys(tap for term in self.terms.values() for tap in term.teacher_taps))
         if optimizer is not None and (not isinstance(optimizer, Mapping) or 'type' not in optimizer):
@@ -89,6 +104,7 @@ class PeerTeacher(TrainedTeacher):
     def _adopt(self, trained: nn.Module) -> None:
         self.network = trained.network
         self.terms = trained.terms
+        self._constraints: nn.ModuleDict = trained.constraints
 
     def attach(self, student: nn.Module, config: Mapping[str, Any] | None = None) -> None:
         """Derive the conversion between the two normalisations.
@@ -103,6 +119,13 @@ class PeerTeacher(TrainedTeacher):
         for term in self.terms.values():
             for tap in term.teacher_taps:
                 tap.resolve(student, f'{type(self).__name__}, term {term.name!r}: `teacher` (the student here)')
+        if self.zero_classifier:
+            _classifiers(student, type(self).__name__, 'the student')
+
+    def begin(self, student: nn.Module) -> None:
+        """Set the student's classifier to 0, where that is asked for."""
+        if self.zero_classifier:
+            _set_to_zero(student, type(self).__name__, 'the student')
 
     def _own_taps(self) -> list[Tap]:
         """What its terms tap of it."""
@@ -162,8 +185,12 @@ class PeerTeacher(TrainedTeacher):
         losses = super().objectives(student, targets)
         records, self._records = self._records, {}
         for term in self.terms.values():
-            for name, value in term(records, student, targets, None).items():
-                losses[f'teacher_{name}'] = value
+            scored = term(records, student, targets, None)
+            if term.active and term.name in self._constraints:
+                constraint = self._constraints[term.name]
+                losses[f'teacher_multiplier_{term.name}'] = constraint.multiplier.clone()
+                scored[f'loss_kd_{term.name}'] = constraint(scored[f'loss_kd_{term.name}'])
+            losses.update({f'teacher_{name}': value for name, value in scored.items()})
         return losses
 
     def provenance(self) -> dict[str, Any]:
@@ -174,3 +201,28 @@ class PeerTeacher(TrainedTeacher):
             'checkpoint': None if self.checkpoint is None else str(self.checkpoint),
             'sha256': self.hash,
         }
+
+
+def _classifiers(network: nn.Module, owner: str, whose: str) -> list[nn.Conv2d]:
+    """The last layer of each segmentation head that counts.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    heads = getattr(network, 'decode_head', None)
+    heads = list(heads) if isinstance(heads, nn.ModuleList) else [heads]
+    found = [getattr(head, 'conv_seg', None) for head in heads]
+    layers = [layer for layer in found if isinstance(layer, nn.Conv2d)]
+    if len(layers) < len(heads):
+        raise ConfigError(
+            f'{owner}: `zero_classifier` must be False for a network without a layer `decode_head.conv_seg`, got True '
+            f'and {type(network).__name__} as {whose}. Only there does 0 mean that all classes are alike.'
+        )
+    return layers
+
+
+def _set_to_zero(network: nn.Module, owner: str, whose: str) -> None:
+    """Let a segmentor predict all classes alike."""
+    for layer in _classifiers(network, owner, whose):
+        for parameter in layer.parameters():
+            nn.init.zeros_(parameter)

@@ -134,6 +134,23 @@ def test_prototypes_equal_reference(soft_weight):
     checks.same(got, want + soft_weight * soft, student)
 
 
+@pytest.mark.parametrize('weights', [(1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1), (0.1, 0.2, 3, 4)])
+def test_each_part_of_the_prototypes_has_its_weight(weights):
+    student, teacher = maps()
+    settings = dict(labels=MAPS, num_classes=3, temperature=0.4, kd_temperature=2.0, ignore_index=9)
+    one, other, classes = centres(student), centres(teacher), [0, 1, 1, 2]
+    own, theirs = reference.likeness(one, one, 0.4), reference.likeness(other, other, 0.4)
+    across, back = reference.likeness(one, other, 0.4), reference.likeness(other, one, 0.4)
+    parts = (
+        reference.contrast(one, one, classes, 0.4),
+        reference.contrast(one, other, classes, 0.4),
+        reference.row_divergence(own, theirs, 2.0),
+        reference.row_divergence(across, back, 2.0),
+    )
+    want = sum(weight * part for weight, part in zip(weights, parts, strict=True))
+    checks.same(prototype_contrast_loss(student, teacher, weights=weights, **settings), want, student)
+
+
 def test_prototypes_keep_their_promises():
     def loss(student, teacher, **kwargs):
         labels = torch.tensor([[[0, 1, 1], [0, 2, 1]], [[1, 1, 2], [2, 2, 1]]])
@@ -171,3 +188,5 @@ def test_bad_arguments():
         prototype_contrast_loss(x, x, labels=torch.zeros(2, 4, 5), num_classes=0)
     with pytest.raises(ConfigError, match='`soft_weight` must be a finite number of at least 0'):
         prototype_contrast_loss(x, x, labels=torch.zeros(2, 4, 5), num_classes=2, soft_weight=-1)
+    with pytest.raises(ConfigError, match='`weights` must be four numbers'):
+        prototype_contrast_loss(x, x, labels=torch.zeros(2, 4, 5), num_classes=2, weights=(1, 1))

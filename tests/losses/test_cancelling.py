@@ -23,6 +23,7 @@ SUMS = {
     'FocalGlobalLoss': ('foreground_weight', 'background_weight', 'attention_weight', 'global_weight'),
     'MaskedGenerationLoss': ('alpha',),
     'MemoryContrastLoss': ('pixel_weight', 'region_weight'),
+    'PrototypeContrastLoss': ('within_weight', 'across_weight', 'soft_within_weight', 'soft_across_weight'),
     'RelationalLoss': ('distance_weight', 'angle_weight'),
 }
 SOFTENED = [name for name in contract.NAMES if hasattr(MODELS.get(f'mmstructkd.{name}'), 'soften')]

@@ -28,6 +28,7 @@ SMALL = {
     'LocalizationKLLoss': {'region': 'all', 'edges': 1},
     'MemoryContrastLoss': {'num_classes': 3, 'seed': 0},
     'OrdinalRelationLoss': {'num_pairs': 300},
+    'PrototypeContrastLoss': {'num_classes': 3, 'seed': 0},
     'RegionContrastLoss': {'num_classes': 3, 'seed': 0},
     'VirtualNormalLoss': {'num_triplets': 300},
     'WeightedSoftLabelLoss': {'target': 'teacher'},
@@ -54,7 +55,7 @@ INPUTS = {
 BOXED = ('FocalGlobalLoss',)
 
 #: Losses that need labels; where a test has none they get three classes, side by side in each image.
-LABELLED = ('IntraClassVariationLoss', 'MemoryContrastLoss', 'RegionContrastLoss')
+LABELLED = ('IntraClassVariationLoss', 'MemoryContrastLoss', 'PrototypeContrastLoss', 'RegionContrastLoss')
 
 every = pytest.mark.parametrize('name', NAMES)
 

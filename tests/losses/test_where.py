@@ -31,6 +31,7 @@ LABELLED = {
     'DecoupledKLLoss',
     'IntraClassVariationLoss',
     'MemoryContrastLoss',
+    'PrototypeContrastLoss',
     'RegionContrastLoss',
     'WeightedSoftLabelLoss',
     'ZipfLabelLoss',

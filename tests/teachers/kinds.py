@@ -27,12 +27,21 @@ def frozen(width: int) -> dict:
 
 SELF = dict(type='mmstructkd.SelfTeacher')
 LEVELS = dict(tap=dict(student='backbone[*]', teacher='neck[*]'), match='order', loss=ATTENTION)
+CONTRAST = dict(
+    tap='decode_head.convs',
+    connector=dict(type='mmstructkd.DeepProjectorConnector', out_channels=5),
+    loss=dict(type='mmstructkd.PrototypeContrastLoss'),
+)
 #: Changes of a toy distiller that make it one with such a teacher.
 KINDS: dict[str, dict] = {
     'self': dict(teacher=SELF, terms=dict(SCORES, levels=LEVELS)),
     'self_detached': dict(teacher=dict(SELF, detach=True), terms=SCORES),
     'peer': dict(teacher=peer(), terms=SCORES),
     'peer_with_optimizer': dict(teacher=peer(optimizer=SGD), terms=SCORES),
+    'peer_with_constraint': dict(
+        teacher=peer(constraints=dict(back=dict(bound=0.1, rate=0.1)), zero_classifier=True), terms=SCORES
+    ),
+    'contrast': dict(teacher=peer(terms=dict(back=CONTRAST)), terms=dict(kd=CONTRAST)),
     'view': dict(teacher=dict(type='mmstructkd.ViewTeacher', flip=True), terms=SCORES),
     'average': dict(teacher=dict(type='mmstructkd.ViewTeacher', momentum=0.9, flip=True), terms=SCORES),
     'group': dict(
@@ -57,6 +66,13 @@ KINDS: dict[str, dict] = {
         stages=[dict(end=1, terms=['kd']), dict(freeze=['decode_head', 'backbone.layer1'])],
         terms=SCORES,
     ),
+    'fused': dict(
+        teachers=dict(peer=peer(), fused=dict(SELF, also='peer.backbone[*]')),
+        terms=dict(
+            mutual=dict(tap=dict(student='decode_head.conv_seg', teacher='peer.decode_head.conv_seg'), loss=KL),
+            fused=dict(tap=dict(student='decode_head.conv_seg', teacher='fused.decode_head.conv_seg'), loss=KL),
+        ),
+    ),
     'mixed': dict(
         teacher=frozen(8),
         streams=dict(mixed=dict(type='mmstructkd.MixedStream')),
@@ -76,7 +92,7 @@ KINDS: dict[str, dict] = {
 
 
 def model_of(kind: str, **changes: Any) -> dict:
-    model = toy_distiller(**copy.deepcopy(KINDS[kind]), **changes)
+    model = toy_distiller(**{**copy.deepcopy(KINDS[kind]), **changes})
     if 'teachers' in KINDS[kind]:
         model.pop('teacher')
     return model

@@ -33,6 +33,7 @@ NEEDS = {
     'InterclassSimilarityLoss': {'present': 'all'},
     'LocalizationKLLoss': {'region': 'all', 'edges': 1},
     'MemoryContrastLoss': {'num_classes': 3, 'seed': 0},
+    'PrototypeContrastLoss': {'num_classes': 3, 'seed': 0},
     'RegionContrastLoss': {'num_classes': 3, 'seed': 0},
 }
 NAMES = sorted(
@@ -59,7 +60,8 @@ def build(name, temperature):
     targets = Targets(labels=labels, boxes=boxes, box_labels=(torch.ones(1), torch.ones(1)), input_size=(16, 24))
 
     def score(student, teacher):
-        return loss(student, teacher, targets)
+        value = loss(student, teacher, targets)
+        return value[''] if isinstance(value, dict) else value
 
     return loss, score
 
