@@ -31,7 +31,7 @@ from mmstructkd.distillers.probing import (
 )
 from mmstructkd.distillers.step_record import Fault, StepRecord, explain
 from mmstructkd.errors import CheckpointError, ConfigError, TapError, check_finite_number, shown, suggest
-from mmstructkd.functional.sharing import sharing
+from mmstructkd.functional.core.sharing import sharing
 from mmstructkd.optim import for_distiller
 from mmstructkd.registry import HOOKS, MODELS, build_part
 from mmstructkd.streams import LABELLED, StreamBatch, StreamPreprocessor, build_streams

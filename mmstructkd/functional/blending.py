@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 
 from mmstructkd.errors import ConfigError, ShapeError, check_finite_number, check_ndim, check_same
-from mmstructkd.functional.cross_entropy import label_losses, two_classes
-from mmstructkd.functional.divergence import pixelwise_kl_loss
-from mmstructkd.functional.precision import full_precision
-from mmstructkd.functional.reduce import masked_mean, valid_pixels
+from mmstructkd.functional.core.binary import two_classes
+from mmstructkd.functional.core.precision import full_precision
+from mmstructkd.functional.core.reduce import masked_mean, valid_pixels
+from mmstructkd.functional.core.scores import label_losses
+from mmstructkd.functional.pixelwise_kl import pixelwise_kl_loss
 
 __all__ = ['BlendedKL', 'blend', 'blended_cross_entropy_loss', 'blended_feature_loss', 'blended_kl_losses']
 
 Share = float | Tensor
-
 _WAY_OUT = 'Both are of one network: tap the same place.'
 
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from mmstructkd.errors import check_ndim, check_same
-from mmstructkd.functional.nodes import norm_floor, unit_vectors
-from mmstructkd.functional.precision import full_precision
-from mmstructkd.functional.reduce import masked_mean, valid_pixels
+from mmstructkd.functional.core.nodes import norm_floor, unit_vectors
+from mmstructkd.functional.core.precision import full_precision
+from mmstructkd.functional.core.reduce import masked_mean, valid_pixels
 
 __all__ = ['cosine_distance_loss']
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from mmstructkd.errors import ShapeError, check_finite_number, check_ndim, check_positive
-from mmstructkd.functional.precision import exact_matmul, full_precision
-from mmstructkd.functional.reduce import mean_of_sum
+from mmstructkd.functional.core.precision import exact_matmul, full_precision
+from mmstructkd.functional.core.reduce import mean_of_sum
 
 __all__ = ['covariance_loss', 'variance_hinge_loss']
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from mmstructkd.errors import ShapeError, check_finite_number, check_ndim
-from mmstructkd.functional.precision import full_precision
-from mmstructkd.functional.reduce import masked_mean, valid_pixels
+from mmstructkd.functional.core.precision import full_precision
+from mmstructkd.functional.core.reduce import masked_mean, valid_pixels
 
 __all__ = ['bridge_loss', 'mix_layers']
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mmstructkd.errors import ConfigError, ShapeError, check_finite_number, check_ndim, is_count
-from mmstructkd.functional.precision import exact_matmul, full_precision
+from mmstructkd.functional.core.precision import exact_matmul, full_precision
 
 __all__ = ['mean_discrepancy_loss']
 

@@ -20,11 +20,11 @@ from mmstructkd.errors import (
     check_same,
     is_count,
 )
-from mmstructkd.functional.nodes import norm_floor, unit_vectors
-from mmstructkd.functional.precision import exact_matmul, full_precision
-from mmstructkd.functional.reduce import masked_mean
-from mmstructkd.functional.region import class_centers
-from mmstructkd.functional.softening import check_temperature, kl_along
+from mmstructkd.functional.core.nodes import norm_floor, unit_vectors
+from mmstructkd.functional.core.precision import exact_matmul, full_precision
+from mmstructkd.functional.core.reduce import masked_mean
+from mmstructkd.functional.core.regions import class_centers
+from mmstructkd.functional.core.softening import check_temperature, kl_along
 
 __all__ = ['MutualContrast', 'mutual_contrast_losses', 'prototype_contrast_loss']
 

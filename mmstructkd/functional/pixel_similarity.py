@@ -12,9 +12,9 @@ import torch.nn.functional as torch_functional
 from torch import Tensor
 
 from mmstructkd.errors import ShapeError, check_flag, check_ndim
-from mmstructkd.functional.nodes import by_peak, norm_floor, unit_vectors
-from mmstructkd.functional.precision import full_precision
-from mmstructkd.functional.reduce import masked_mean, valid_pixels
+from mmstructkd.functional.core.nodes import by_peak, norm_floor, unit_vectors
+from mmstructkd.functional.core.precision import full_precision
+from mmstructkd.functional.core.reduce import masked_mean, valid_pixels
 
 __all__ = ['attention_residuals', 'pixel_similarity_loss']
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mmstructkd.functional.logits import _labelled, _only, _scores
-from mmstructkd.functional.precision import full_precision
-from mmstructkd.functional.reduce import masked_mean
-from mmstructkd.functional.softening import check_temperature, log_of_classes
+from mmstructkd.functional.core.precision import full_precision
+from mmstructkd.functional.core.reduce import masked_mean
+from mmstructkd.functional.core.scores import class_index, class_scores, zero_where_ignored
+from mmstructkd.functional.core.softening import check_temperature, log_of_classes
 
 __all__ = ['regularization_share']
 
@@ -62,8 +62,8 @@ def regularization_share(
     """
     owner = 'regularization_share'
     check_temperature(owner, temperature)
-    student, teacher = _scores(owner, student, teacher)
-    index, counts = _labelled(owner, student, labels, ignore_index, valid)
-    student, teacher = _only(counts, student.detach(), teacher.detach())
+    student, teacher = class_scores(owner, student, teacher)
+    index, counts = class_index(owner, student, labels, ignore_index, valid)
+    student, teacher = zero_where_ignored(counts, student.detach(), teacher.detach())
     own_s, own_t = (log_of_classes(z, temperature).gather(1, index.unsqueeze(1)).squeeze(1) for z in (student, teacher))
     return masked_mean((own_t < own_s).to(torch.promote_types(student.dtype, torch.float32)), counts)

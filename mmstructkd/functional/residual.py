@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from mmstructkd.errors import ShapeError, check_ndim, check_same
-from mmstructkd.functional.precision import full_precision
-from mmstructkd.functional.reduce import masked_mean, valid_pixels
+from mmstructkd.functional.core.precision import full_precision
+from mmstructkd.functional.core.reduce import masked_mean, valid_pixels
+from mmstructkd.functional.core.resize import RESIZE_OR_CONNECT
 
 __all__ = ['residual_loss']
-
-_WAY_OUT = 'Resize the teacher with resize_map, or put a connector in front of the student.'
 
 
 @full_precision
@@ -65,7 +64,7 @@ def residual_loss(
     owner = 'residual_loss'
     check_ndim(owner, 'student', student, 4, '(B, D, H, W)')
     check_ndim(owner, 'teacher', teacher, 4, '(B, D, H, W)')
-    check_same(owner, student, teacher, (0, 1, 2, 3), 'B, D, H and W', _WAY_OUT)
+    check_same(owner, student, teacher, (0, 1, 2, 3), 'B, D, H and W', RESIZE_OR_CONNECT)
     if assistant.shape != student.shape:
         raise ShapeError(
             f'{owner}: `assistant` must have the shape of `student`, got {tuple(assistant.shape)} and '

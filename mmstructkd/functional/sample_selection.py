@@ -17,11 +17,11 @@ from mmstructkd.errors import (
     check_positive,
     check_same,
 )
-from mmstructkd.functional.cross_entropy import two_classes
-from mmstructkd.functional.precision import full_precision
-from mmstructkd.functional.reduce import valid_pixels
-from mmstructkd.functional.score_fusion import score_confidence
-from mmstructkd.functional.softening import kl_along, log_of_classes
+from mmstructkd.functional.core.binary import two_classes
+from mmstructkd.functional.core.precision import full_precision
+from mmstructkd.functional.core.reduce import valid_pixels
+from mmstructkd.functional.core.score_fusion import score_confidence
+from mmstructkd.functional.core.softening import kl_along, log_of_classes
 
 __all__ = [
     'confident_pixels',

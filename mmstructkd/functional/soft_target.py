@@ -10,11 +10,10 @@ from typing import NamedTuple
 from torch import Tensor
 
 from mmstructkd.errors import ConfigError, check_finite_number, check_positive
-from mmstructkd.functional.cross_entropy import label_losses
-from mmstructkd.functional.logits import _only, _scores
-from mmstructkd.functional.precision import full_precision
-from mmstructkd.functional.reduce import masked_mean
-from mmstructkd.functional.softening import check_temperature, kl_along, log_of_classes, teacher_log_of_classes
+from mmstructkd.functional.core.precision import full_precision
+from mmstructkd.functional.core.reduce import masked_mean
+from mmstructkd.functional.core.scores import class_scores, label_losses, zero_where_ignored
+from mmstructkd.functional.core.softening import check_temperature, kl_along, log_of_classes, teacher_log_of_classes
 
 __all__ = ['ConstrainedLoss', 'constrained_soft_target', 'next_multiplier', 'soft_target_loss']
 
@@ -31,9 +30,9 @@ def _parts(
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy with the labels and T squared times the divergence, both means over the pixels that count."""
     check_temperature(owner, temperature)
-    student, teacher = _scores(owner, student, teacher)
+    student, teacher = class_scores(owner, student, teacher)
     hard, counts = label_losses(student, labels, ignore_index=ignore_index, valid=valid, owner=owner)
-    (student,) = _only(counts, student)
+    (student,) = zero_where_ignored(counts, student)
     log_s = log_of_classes(student, temperature)
     log_t = teacher_log_of_classes(teacher, temperature, counts)
     gap = kl_along(log_t, log_s, 1) if reverse else kl_along(log_s, log_t, 1)

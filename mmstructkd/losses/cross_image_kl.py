@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from mmstructkd.errors import check_count
-from mmstructkd.functional.affinity import check_kernel_size
-from mmstructkd.functional.nodes import pool_nodes
-from mmstructkd.functional.relation import cross_image_kl_loss
+from mmstructkd.functional.core.nodes import pool_nodes
+from mmstructkd.functional.core.pooling import check_kernel_size
+from mmstructkd.functional.cross_image_kl import cross_image_kl_loss
 from mmstructkd.losses.softening import SoftenedLoss
 from mmstructkd.registry import MODELS
 from mmstructkd.structures import Targets
@@ -23,7 +23,7 @@ class CrossImageKLLoss(SoftenedLoss):
     r"""Divergence of how like the places of each image of the batch a place is.
 
     Mini-batch term of Cross-Image Relational distillation, CIRKD (CVPR 2022).
-    See :func:`~mmstructkd.functional.relation.cross_image_kl_loss` for the
+    See :func:`~mmstructkd.functional.cross_image_kl.cross_image_kl_loss` for the
     formula. Tap features, e.g. the last ones before the classifier; widths may
     differ. The default weight is published. The memory terms are
     :class:`~mmstructkd.losses.MemoryContrastLoss`.

@@ -7,9 +7,9 @@ from mmengine.dist import get_dist_info
 from torch import Tensor, nn
 
 from mmstructkd.errors import ConfigError, check_count, check_finite_number, check_one_of
-from mmstructkd.functional.depth import depth_of_disparity, depth_readings, disparity_of_depth
-from mmstructkd.functional.resize import resize_labels
-from mmstructkd.functional.sampling import draw_positions
+from mmstructkd.functional.core.depth import depth_of_disparity, depth_readings, disparity_of_depth
+from mmstructkd.functional.core.resize import resize_labels
+from mmstructkd.functional.core.sampling import draw_positions
 from mmstructkd.losses.base import DistillLoss
 from mmstructkd.losses.positions import counting_positions
 from mmstructkd.structures import Targets

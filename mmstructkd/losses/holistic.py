@@ -20,15 +20,10 @@ from mmstructkd.errors import (
     check_same,
     check_seed,
 )
-from mmstructkd.functional.adversarial import (
-    ADVERSARIAL_MODES,
-    adversarial_loss,
-    critic_loss,
-    gradient_penalty,
-)
-from mmstructkd.functional.binary import as_two_classes
-from mmstructkd.functional.depth import depth_of_disparity, depth_readings, normalize_depth
-from mmstructkd.functional.precision import full_precision
+from mmstructkd.functional.core.binary import as_two_classes
+from mmstructkd.functional.core.depth import depth_of_disparity, depth_readings, normalize_depth
+from mmstructkd.functional.core.precision import full_precision
+from mmstructkd.functional.holistic import ADVERSARIAL_MODES, adversarial_loss, critic_loss, gradient_penalty
 from mmstructkd.losses.base import DistillLoss
 from mmstructkd.losses.depth_base import OUTPUTS
 from mmstructkd.optimizers import check_optimizer
@@ -83,9 +78,9 @@ class HolisticLoss(DistillLoss):
               + 10 \, \overline{(\lVert \nabla D(\hat z) \rVert_2 - 1)^2} \right)
 
     Holistic term of Structured Knowledge Distillation (arXiv:1903.04197); see
-    :func:`~mmstructkd.functional.adversarial.critic_loss`,
-    :func:`~mmstructkd.functional.adversarial.adversarial_loss` and
-    :func:`~mmstructkd.functional.adversarial.gradient_penalty` for the parts.
+    :func:`~mmstructkd.functional.holistic.critic_loss`,
+    :func:`~mmstructkd.functional.holistic.adversarial_loss` and
+    :func:`~mmstructkd.functional.holistic.gradient_penalty` for the parts.
     Tap class scores or a depth map of both networks.
 
     **One backward.** Both objectives are returned together and can be summed
@@ -123,7 +118,7 @@ class HolisticLoss(DistillLoss):
     ones. ``normalize='depth'`` hands it maps from which the mean of the teacher's
     is taken and which are divided by the range of the teacher's, image by image
     (``'log_depth'``: of the logarithms), see
-    :func:`~mmstructkd.functional.depth.normalize_depth`: what it judges is then
+    :func:`~mmstructkd.functional.core.depth.normalize_depth`: what it judges is then
     of one size for near and far scenes, and errors of the student's scale stay
     visible. Where the teacher has no reading, a pixel does not count.
 

@@ -17,10 +17,11 @@ from mmstructkd.errors import (
     check_same,
     check_some_weight,
 )
-from mmstructkd.functional.contrast import draw, memory_kl_loss
-from mmstructkd.functional.nodes import unit_vectors
-from mmstructkd.functional.precision import full_precision
-from mmstructkd.functional.region import class_centers
+from mmstructkd.functional.core.nodes import unit_vectors
+from mmstructkd.functional.core.precision import full_precision
+from mmstructkd.functional.core.regions import class_centers
+from mmstructkd.functional.core.sampling import draw
+from mmstructkd.functional.memory_contrast import memory_kl_loss
 from mmstructkd.layers import check_layers
 from mmstructkd.losses.presets import settle
 from mmstructkd.losses.seeding import check_seed, seeded
@@ -53,7 +54,7 @@ class MemoryContrastLoss(SoftenedLoss):
     .. math:: L = \lambda_p L_{pixel} + \lambda_r L_{region}
 
     Memory terms of Cross-Image Relational distillation, CIRKD (CVPR 2022). See
-    :func:`~mmstructkd.functional.contrast.memory_kl_loss` for a term, and
+    :func:`~mmstructkd.functional.memory_contrast.memory_kl_loss` for a term, and
     :class:`~mmstructkd.memories.ClassQueue` for the queues: of each image, some
     pixels of each class and the mean of each class, of the teacher's unit
     features. The student is projected to the teacher's width by a 1x1

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from mmstructkd.errors import MAX_CLASSES, ConfigError, check_count, check_one_of
-from mmstructkd.functional.nodes import cell_nodes, check_grid
-from mmstructkd.functional.region import class_centers
+from mmstructkd.functional.core.nodes import cell_nodes, check_grid
+from mmstructkd.functional.core.regions import class_centers
 from mmstructkd.losses.base import DistillLoss
 from mmstructkd.structures import Targets
 
@@ -59,7 +59,7 @@ class NodeLoss(DistillLoss):
             targets: what the batch knows besides.
 
         Returns:
-            What the functions of :mod:`mmstructkd.functional.relation` take.
+            What the functions of :mod:`mmstructkd.functional.relational` and its like take.
 
         Raises:
             ConfigError: the nodes are classes, and there are no labels.

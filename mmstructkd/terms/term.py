@@ -26,8 +26,8 @@ from mmstructkd.errors import (
     check_one_of,
     suggest,
 )
-from mmstructkd.functional.resize import resize_map
-from mmstructkd.functional.sharing import once
+from mmstructkd.functional.core.resize import resize_map
+from mmstructkd.functional.core.sharing import once
 from mmstructkd.losses.base import DistillLoss
 from mmstructkd.losses.positions import PLACES
 from mmstructkd.optim import check_optimizer

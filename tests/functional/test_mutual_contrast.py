@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from mmstructkd.errors import ConfigError, ShapeError
+from mmstructkd.functional.core.nodes import unit_vectors
 from mmstructkd.functional.mutual_contrast import mutual_contrast_losses, prototype_contrast_loss
-from mmstructkd.functional.nodes import unit_vectors
 from tests.functional import checks
 from tests.reference import feature_pairs as reference
 from tests.reference.region import center

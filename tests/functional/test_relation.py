@@ -12,10 +12,10 @@ from mmstructkd.functional import (
     correlation_congruence_loss,
     cross_image_kl_loss,
     local_structure_loss,
-    nodes,
     relational_loss,
     similarity_preserving_loss,
 )
+from mmstructkd.functional.core import nodes
 from tests.reference import relation as reference
 
 #: Losses over nodes (n, D), with their reference and the width of the teacher.
