@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from mmstructkd.errors import ConfigError, check_ndim, check_one_of, check_same, is_finite_number
-from mmstructkd.functional.core.features import REDUCTIONS, mean_over_images, smallest_normal, zero_elsewhere
+from mmstructkd.functional.core.features import REDUCTIONS, mean_over_images, smallest_normal
 from mmstructkd.functional.core.precision import full_precision
-from mmstructkd.functional.core.reduce import masked_mean, valid_pixels
+from mmstructkd.functional.core.reduce import masked_mean
+from mmstructkd.functional.core.valid import valid_pixels, zero_elsewhere
 
 __all__ = ['attention_map', 'attention_transfer_loss', 'check_power']
 
@@ -31,8 +32,8 @@ def check_power(owner: str, power: Any) -> None:
 
 
 @full_precision
-def _attention(features: Tensor, counts: Tensor | None, power: float, floor: float) -> Tensor:
-    features = zero_elsewhere(features, counts)
+def _attention(features: Tensor, valid_mask: Tensor | None, power: float, floor: float) -> Tensor:
+    features = zero_elsewhere(features, valid_mask)
     # The map does not change with the scale of the image: at a largest value of 1 no power overflows,
     # and the norm is at least 1 / D.
     peak = features.detach().abs().amax(dim=(1, 2, 3), keepdim=True)
@@ -74,8 +75,8 @@ def attention_map(features: Tensor, *, power: float = 2, valid: Tensor | None = 
     owner = 'attention_map'
     check_power(owner, power)
     check_ndim(owner, 'features', features, 4, '(B, D, H, W)')
-    counts = valid_pixels(owner, features, valid=valid)
-    strength: Tensor = _attention(features, counts, power, max(1e-12, smallest_normal(features)))
+    valid_mask = valid_pixels(owner, features, valid=valid)
+    strength: Tensor = _attention(features, valid_mask, power, max(1e-12, smallest_normal(features)))
     return strength
 
 
@@ -133,10 +134,10 @@ def attention_transfer_loss(
     check_ndim(owner, 'student', student, 4, '(B, D, H, W)')
     check_ndim(owner, 'teacher', teacher, 4, '(B, D, H, W)')
     check_same(owner, student, teacher, (0, 2, 3), 'B, H and W', _RESIZE_ONLY)
-    counts = valid_pixels(owner, student, valid=valid)
-    strength_s = attention_map(student, power=power, valid=counts)
-    strength_t = attention_map(teacher.detach(), power=power, valid=counts)
+    valid_mask = valid_pixels(owner, student, valid=valid)
+    strength_s = attention_map(student, power=power, valid=valid_mask)
+    strength_t = attention_map(teacher.detach(), power=power, valid=valid_mask)
     gap = (strength_s - strength_t).square()
     if reduction == 'sum':
-        return mean_over_images(gap.flatten(1).sum(dim=1), counts)
-    return masked_mean(gap, counts)
+        return mean_over_images(gap.flatten(1).sum(dim=1), valid_mask)
+    return masked_mean(gap, valid_mask)

@@ -12,8 +12,9 @@ from torch import Tensor
 from mmstructkd.errors import ConfigError, ShapeError, check_ndim, check_one_of, check_same, is_count
 from mmstructkd.functional.core.boxes import TAP_THE_SAME_OUTPUT
 from mmstructkd.functional.core.precision import full_precision
-from mmstructkd.functional.core.reduce import mean_of_sum, nan_unless_finite, valid_pixels
+from mmstructkd.functional.core.reduce import mean_of_sum, nan_unless_finite
 from mmstructkd.functional.core.softening import LOWEST, check_temperature
+from mmstructkd.functional.core.valid import valid_pixels, zero_elsewhere
 
 __all__ = ['binary_kl_loss']
 
@@ -86,15 +87,14 @@ def binary_kl_loss(
             f'{owner}: `student` must be a map of a multiple of {anchors} channels for anchors={anchors}, '
             f'got {tuple(student.shape)}.'
         )
-    counts = valid_pixels(owner, student, valid=valid)
+    valid_mask = valid_pixels(owner, student, valid=valid)
     teacher = teacher.detach()
     shape = (student.shape[0], anchors, student.shape[1] // anchors, *student.shape[2:])
-    if counts is not None:
-        student = torch.where(counts.unsqueeze(1), student, 0)
-        teacher = torch.where(counts.unsqueeze(1), teacher, 0)
+    student = zero_elsewhere(student, valid_mask)
+    teacher = zero_elsewhere(teacher, valid_mask)
     weights = teacher.sigmoid().reshape(shape).amax(dim=2)
-    if counts is not None:
-        weights = weights * counts.unsqueeze(1)
+    if valid_mask is not None:
+        weights = weights * valid_mask.unsqueeze(1)
 
     soft_s, soft_t = student / temperature, teacher / temperature
     values = soft_t.sigmoid() * (_log_sigmoid(soft_t) - _log_sigmoid(soft_s))
@@ -103,7 +103,7 @@ def binary_kl_loss(
     if isinstance(normalizer, str) and normalizer == 'weights':
         total = total / weights.sum().clamp(min=torch.finfo(weights.dtype).tiny)
     elif isinstance(normalizer, str):
-        total = mean_of_sum(total, weights.numel() if counts is None else anchors * counts.sum())
+        total = mean_of_sum(total, weights.numel() if valid_mask is None else anchors * valid_mask.sum())
     else:
         total = total / (normalizer.clamp(min=1) if isinstance(normalizer, Tensor) else max(normalizer, 1))
     # A sigmoid turns infinity into a sure yes or no: a network that overflows would teach, or learn, that.

@@ -14,8 +14,9 @@ from mmstructkd.functional.core.binary import as_two_classes
 from mmstructkd.functional.core.classes import RESIZE_TO_SAME_CLASSES, position_distributions
 from mmstructkd.functional.core.nodes import pool_nodes
 from mmstructkd.functional.core.precision import exact_matmul, full_precision
-from mmstructkd.functional.core.reduce import masked_mean, valid_pixels
+from mmstructkd.functional.core.reduce import masked_mean
 from mmstructkd.functional.core.softening import check_temperature
+from mmstructkd.functional.core.valid import valid_pixels
 
 __all__ = ['category_similarity_loss']
 
@@ -79,10 +80,10 @@ def category_similarity_loss(
     check_ndim(owner, 'teacher', teacher, 4, '(B, C, H, W)')
     student, teacher = as_two_classes(student, teacher)
     check_same(owner, student, teacher, (0, 1, 2, 3), 'B, C, H and W', RESIZE_TO_SAME_CLASSES)
-    counts = valid_pixels(owner, student, valid=valid)
+    valid_mask = valid_pixels(owner, student, valid=valid)
 
     def products(scores: Tensor) -> tuple[Tensor, Tensor | None]:
-        nodes, some = pool_nodes(scores, kernel_size, counts)
+        nodes, some = pool_nodes(scores, kernel_size, valid_mask)
         probability, _ = position_distributions(
             nodes.flatten(2), temperature, None if some is None else some.flatten(1)[:, None], -1
         )

@@ -10,10 +10,11 @@ from torch import Tensor
 from mmstructkd.errors import check_ndim, check_same
 from mmstructkd.functional.core.binary import as_two_classes
 from mmstructkd.functional.core.precision import full_precision
-from mmstructkd.functional.core.reduce import masked_mean, valid_pixels
+from mmstructkd.functional.core.reduce import masked_mean
 from mmstructkd.functional.core.resize import RESIZE_OR_CONNECT
 from mmstructkd.functional.core.sharing import once
 from mmstructkd.functional.core.softening import check_temperature, kl_along, log_of_positions
+from mmstructkd.functional.core.valid import valid_pixels
 
 __all__ = ['channelwise_kl_loss']
 
@@ -71,11 +72,11 @@ def channelwise_kl_loss(
     check_ndim(owner, 'teacher', teacher, 4, '(B, C, H, W)')
     student, teacher = as_two_classes(student, teacher, alone=False)
     check_same(owner, student, teacher, (0, 1, 2, 3), 'B, C, H and W', RESIZE_OR_CONNECT)
-    counts = valid_pixels(owner, student, valid=valid)
+    valid_mask = valid_pixels(owner, student, valid=valid)
     some = None
-    if counts is not None:
-        counts = counts.flatten(1)[:, None]
-        some = counts.any(dim=-1)
-    log_s = log_of_positions(student.flatten(2), temperature, counts)
-    log_t = once(log_of_positions, teacher.detach().flatten(2), temperature, counts, -1)
+    if valid_mask is not None:
+        valid_mask = valid_mask.flatten(1)[:, None]
+        some = valid_mask.any(dim=-1)
+    log_s = log_of_positions(student.flatten(2), temperature, valid_mask)
+    log_t = once(log_of_positions, teacher.detach().flatten(2), temperature, valid_mask, -1)
     return temperature**2 * masked_mean(kl_along(log_s, log_t, dim=-1), some)

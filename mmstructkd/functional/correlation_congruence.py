@@ -24,7 +24,7 @@ __all__ = ['adjacent_correlation_loss', 'correlation_congruence_loss']
 
 @full_precision
 def _congruence(
-    student: Tensor, teacher: Tensor, counts: Tensor | None, floor: float, gamma: float, order: int
+    student: Tensor, teacher: Tensor, valid_mask: Tensor | None, floor: float, gamma: float, order: int
 ) -> Tensor:
     units_s, units_t = unit_vectors(student, 2, floor), unit_vectors(teacher, 2, floor)
     sets, nodes = units_s.shape[:2]
@@ -40,13 +40,13 @@ def _congruence(
 
     def block(part: slice) -> Tensor:
         gap = (kernel(units_s, part) - kernel(units_t, part)).square()
-        if counts is not None:
-            gap = torch.where(counts[:, part, None] & counts[:, None], gap, 0)
+        if valid_mask is not None:
+            gap = torch.where(valid_mask[:, part, None] & valid_mask[:, None], gap, 0)
         return gap.sum()
 
     if nodes == 0:
         return units_s.sum()
-    count = sets * nodes**2 if counts is None else counts.sum(dim=1).square().sum()
+    count = sets * nodes**2 if valid_mask is None else valid_mask.sum(dim=1).square().sum()
     return mean_of_sum(sum_in_blocks(block, nodes, sets * nodes), count)
 
 
@@ -101,8 +101,8 @@ def correlation_congruence_loss(
     if not is_count(order) or order < 1:
         raise ConfigError(f'{owner}: `order` must be an integer of at least 1, got {order!r}.')
     floor = norm_floor(student, teacher)
-    set_s, set_t, counts = as_sets(owner, student, teacher.detach(), valid)
-    return _congruence(set_s, set_t, counts, floor, gamma, order)
+    set_s, set_t, valid_mask = as_sets(owner, student, teacher.detach(), valid)
+    return _congruence(set_s, set_t, valid_mask, floor, gamma, order)
 
 
 @full_precision
@@ -137,8 +137,8 @@ def adjacent_correlation_loss(student: Tensor, teacher: Tensor, *, valid: Tensor
         4.0
     """
     owner = 'adjacent_correlation_loss'
-    set_s, set_t, counts = as_sets(owner, student, teacher.detach(), valid)
+    set_s, set_t, valid_mask = as_sets(owner, student, teacher.detach(), valid)
     check_same(owner, set_s, set_t, (2,), 'widths', 'Put a connector in front of the student.')
     deviation = (set_s - set_t).abs()
     product = (deviation[:, :-1] * deviation[:, 1:]).sum(dim=2)
-    return masked_mean(product, None if counts is None else counts[:, :-1] & counts[:, 1:])
+    return masked_mean(product, None if valid_mask is None else valid_mask[:, :-1] & valid_mask[:, 1:])

@@ -52,5 +52,7 @@ def cross_entropy_loss(
         >>> round(cross_entropy_loss(torch.zeros(2, 4), torch.tensor([1, 255])).item(), 4)
         1.3863
     """
-    losses, counts = label_losses(student, labels, ignore_index=ignore_index, valid=valid, owner='cross_entropy_loss')
-    return masked_mean(losses, counts)
+    losses, valid_mask = label_losses(
+        student, labels, ignore_index=ignore_index, valid=valid, owner='cross_entropy_loss'
+    )
+    return masked_mean(losses, valid_mask)

@@ -5,29 +5,28 @@ Shape shorthand: B images, D channels, H x W a grid, N = H W.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from mmstructkd.errors import check_ndim, check_same
 from mmstructkd.functional.core.nodes import norm_floor, similarity_kl_sum, unit_vectors
 from mmstructkd.functional.core.precision import full_precision
-from mmstructkd.functional.core.reduce import mean_of_sum, valid_pixels
+from mmstructkd.functional.core.reduce import mean_of_sum
 from mmstructkd.functional.core.softening import check_temperature
+from mmstructkd.functional.core.valid import valid_pixels, zero_elsewhere
 
 __all__ = ['cross_image_kl_loss']
 
 
 @full_precision
 def _cross_image(
-    student: Tensor, teacher: Tensor, counts: Tensor | None, floor: float, temperature: float | Tensor
+    student: Tensor, teacher: Tensor, valid_mask: Tensor | None, floor: float, temperature: float | Tensor
 ) -> Tensor:
     def places(features: Tensor) -> Tensor:
-        if counts is not None:
-            features = torch.where(counts[:, None], features, 0)
+        features = zero_elsewhere(features, valid_mask)
         return unit_vectors(features, 1, floor).flatten(2).mT.contiguous()
 
     units_s, units_t = places(student), places(teacher)
-    flat = None if counts is None else counts.flatten(1)
+    flat = None if valid_mask is None else valid_mask.flatten(1)
     total, count = similarity_kl_sum(
         (units_s.flatten(0, 1), units_s),
         (units_t.flatten(0, 1), units_t),
@@ -80,6 +79,7 @@ def cross_image_kl_loss(
         ConfigError: ``temperature`` is not above 0.
 
     Example:
+        >>> import torch
         >>> x = torch.arange(24.0).view(2, 2, 3, 2)
         >>> cross_image_kl_loss(3 * x, x).item() < 1e-6
         True
@@ -94,5 +94,5 @@ def cross_image_kl_loss(
     check_same(
         owner, student, teacher, (0, 2, 3), 'B, H and W', 'Resize the teacher with resize_map; channels may differ.'
     )
-    counts = valid_pixels(owner, student, valid=valid)
-    return _cross_image(student, teacher.detach(), counts, norm_floor(student, teacher), temperature)
+    valid_mask = valid_pixels(owner, student, valid=valid)
+    return _cross_image(student, teacher.detach(), valid_mask, norm_floor(student, teacher), temperature)

@@ -12,7 +12,7 @@ from torch import Tensor
 from mmstructkd.errors import check_finite_number
 from mmstructkd.functional.core.precision import full_precision
 from mmstructkd.functional.core.reduce import masked_mean
-from mmstructkd.functional.core.scores import class_index, class_scores, zero_where_ignored
+from mmstructkd.functional.core.scores import class_scores
 from mmstructkd.functional.core.softening import (
     LOWEST,
     check_temperature,
@@ -21,6 +21,7 @@ from mmstructkd.functional.core.softening import (
     log_of_classes,
     teacher_log_of_classes,
 )
+from mmstructkd.functional.core.valid import labelled_pixels, zero_elsewhere
 
 __all__ = ['decoupled_kl_loss']
 
@@ -92,9 +93,11 @@ def decoupled_kl_loss(
     check_finite_number(owner, 'alpha', alpha, minimum=0)
     check_finite_number(owner, 'beta', beta, minimum=0)
     student, teacher = class_scores(owner, student, teacher)
-    index, counts = class_index(owner, student, labels, ignore_index, valid)
-    log_t = teacher_log_of_classes(teacher, temperature, counts)
-    student, teacher = zero_where_ignored(counts, student, teacher.detach())
+    index, valid_mask = labelled_pixels(
+        owner, student, labels, num_classes=student.shape[1], ignore_index=ignore_index, valid=valid
+    )
+    log_t = teacher_log_of_classes(teacher, temperature, valid_mask)
+    student, teacher = zero_elsewhere(student, valid_mask), zero_elsewhere(teacher.detach(), valid_mask)
     one = torch.zeros_like(student, dtype=torch.bool).scatter_(1, index.unsqueeze(1), True)
 
     def split(logits: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
@@ -111,4 +114,4 @@ def decoupled_kl_loss(
     against_s, among_s = split(divided(student, temperature), log_of_classes(student, temperature))
     against_t, among_t = split(divided(teacher, temperature), log_t)
     both = alpha * kl_along(against_s, against_t, 1) + beta * kl_along(among_s, among_t, 1)
-    return temperature**2 * masked_mean(both, counts)
+    return temperature**2 * masked_mean(both, valid_mask)

@@ -45,8 +45,8 @@ def depth_l1_loss(student: Tensor, teacher: Tensor, *, valid: Tensor | None = No
         >>> depth_l1_loss(torch.tensor([[[3.0, 9.0, 4.0]]]), t).item()
         0.5
     """
-    depth_s, depth_t, counts = prepare_depths('depth_l1_loss', student, teacher, valid)
-    return masked_mean((depth_s - depth_t).abs(), counts)
+    depth_s, depth_t, valid_mask = prepare_depths('depth_l1_loss', student, teacher, valid)
+    return masked_mean((depth_s - depth_t).abs(), valid_mask)
 
 
 @full_precision
@@ -106,14 +106,14 @@ def silog_loss(
     check_positive(owner, 'eps', eps)
     check_flag(owner, 'root', root)
     _check_share(owner, 'variance_weight', variance_weight)
-    depth_s, depth_t, counts = prepare_depths(owner, student, teacher, valid)
+    depth_s, depth_t, valid_mask = prepare_depths(owner, student, teacher, valid)
     gap = log_depth(depth_s, eps) - log_depth(depth_t, eps)
-    mean = mean_of_each_image(gap, counts)
-    value = (mean_of_each_image((gap - mean) ** 2, counts) + (1 - variance_weight) * mean**2).flatten()
+    mean = mean_of_each_image(gap, valid_mask)
+    value = (mean_of_each_image((gap - mean) ** 2, valid_mask) + (1 - variance_weight) * mean**2).flatten()
     if root:
         hit = value == 0
         value = torch.where(hit, 0 * value, torch.where(hit, 1, value).sqrt())
-    return masked_mean(value, counts.flatten(1).any(dim=1))
+    return masked_mean(value, valid_mask.flatten(1).any(dim=1))
 
 
 def _check_share(owner: str, argument: str, value: float) -> None:

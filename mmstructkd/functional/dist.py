@@ -11,9 +11,10 @@ from torch import Tensor
 
 from mmstructkd.errors import check_finite_number
 from mmstructkd.functional.core.precision import full_precision
-from mmstructkd.functional.core.reduce import masked_mean, mean_of_sum, valid_pixels
-from mmstructkd.functional.core.scores import class_scores, zero_where_ignored
+from mmstructkd.functional.core.reduce import masked_mean, mean_of_sum
+from mmstructkd.functional.core.scores import class_scores
 from mmstructkd.functional.core.softening import LOWEST, check_temperature, log_of_classes, teacher_log_of_classes
+from mmstructkd.functional.core.valid import valid_pixels, zero_elsewhere
 
 __all__ = ['dist_loss']
 
@@ -22,7 +23,9 @@ __all__ = ['dist_loss']
 _FLAT = 1e-6
 
 
-def _correlation(log_s: Tensor, log_t: Tensor, axes: tuple[int, ...], counts: Tensor | None) -> tuple[Tensor, Tensor]:
+def _correlation(
+    log_s: Tensor, log_t: Tensor, axes: tuple[int, ...], valid_mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Pearson's correlation of two families of probabilities along ``axes``, and where it is defined.
 
     From log-probabilities, each divided by the largest one along the axes, which changes no correlation:
@@ -33,23 +36,27 @@ def _correlation(log_s: Tensor, log_t: Tensor, axes: tuple[int, ...], counts: Te
     """
 
     def unit(log_p: Tensor) -> tuple[Tensor, Tensor]:
-        if counts is not None:
-            log_p = torch.where(counts, log_p, LOWEST)
+        if valid_mask is not None:
+            log_p = torch.where(valid_mask, log_p, LOWEST)
         p = (log_p - log_p.detach().amax(axes, keepdim=True)).exp()
-        if counts is None:
+        if valid_mask is None:
             number: Tensor | int = torch.Size([p.shape[a] for a in axes]).numel()
             centred = p - p.mean(axes, keepdim=True)
         else:
-            number = counts.sum(axes, keepdim=True)
-            p = torch.where(counts, p, 0)
-            centred = torch.where(counts, p - mean_of_sum(p.sum(axes, keepdim=True), number), 0)
+            number = valid_mask.sum(axes, keepdim=True)
+            p = torch.where(valid_mask, p, 0)
+            centred = torch.where(valid_mask, p - mean_of_sum(p.sum(axes, keepdim=True), number), 0)
         square = mean_of_sum(centred.square().sum(axes, keepdim=True), number)
         # Of length sqrt(number), or shorter where it is flat.
         return centred / square.clamp(min=_FLAT**2).sqrt(), square
 
     unit_s, _ = unit(log_s)
     unit_t, square_t = unit(log_t)
-    number = torch.Size([unit_t.shape[a] for a in axes]).numel() if counts is None else counts.sum(axes, keepdim=True)
+    number = (
+        torch.Size([unit_t.shape[a] for a in axes]).numel()
+        if valid_mask is None
+        else valid_mask.sum(axes, keepdim=True)
+    )
     # Not `square_t > ...`: a teacher that is not a number varies, so that the value shows it.
     return mean_of_sum((unit_s * unit_t).sum(axes, keepdim=True), number), ~(square_t <= _FLAT**2)
 
@@ -124,13 +131,13 @@ def dist_loss(
     check_finite_number(owner, 'inter_weight', inter_weight, minimum=0)
     check_finite_number(owner, 'intra_weight', intra_weight, minimum=0)
     student, teacher = class_scores(owner, student, teacher)
-    counts = valid_pixels(owner, student, labels=labels, ignore_index=ignore_index, valid=valid)
-    (student,) = zero_where_ignored(counts, student)
+    valid_mask = valid_pixels(owner, student, labels=labels, ignore_index=ignore_index, valid=valid)
+    student = zero_elsewhere(student, valid_mask)
     log_s = log_of_classes(student, temperature).clamp(min=LOWEST)
-    log_t = teacher_log_of_classes(teacher, temperature, counts).clamp(min=LOWEST)
+    log_t = teacher_log_of_classes(teacher, temperature, valid_mask).clamp(min=LOWEST)
     inter, varies = _correlation(log_s, log_t, (1,), None)
-    among_classes = masked_mean(1 - inter, varies if counts is None else varies & counts.unsqueeze(1))
+    among_classes = masked_mean(1 - inter, varies if valid_mask is None else varies & valid_mask.unsqueeze(1))
     over = (0, 2, 3) if student.dim() == 4 else (0,)
-    intra, varies = _correlation(log_s, log_t, over, None if counts is None else counts.unsqueeze(1))
+    intra, varies = _correlation(log_s, log_t, over, None if valid_mask is None else valid_mask.unsqueeze(1))
     among_pixels = masked_mean(1 - intra, varies)
     return temperature**2 * (inter_weight * among_classes + intra_weight * among_pixels)

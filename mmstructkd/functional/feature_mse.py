@@ -9,9 +9,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from mmstructkd.errors import check_one_of
-from mmstructkd.functional.core.features import REDUCTIONS, check_same_features, mean_over_images, zero_elsewhere
+from mmstructkd.functional.core.features import REDUCTIONS, check_same_features, mean_over_images
 from mmstructkd.functional.core.precision import full_precision
-from mmstructkd.functional.core.reduce import masked_mean, valid_pixels
+from mmstructkd.functional.core.reduce import masked_mean
+from mmstructkd.functional.core.valid import valid_pixels, zero_elsewhere
 
 __all__ = ['feature_mse_loss']
 
@@ -64,8 +65,8 @@ def feature_mse_loss(
     owner = 'feature_mse_loss'
     check_one_of(owner, 'reduction', reduction, REDUCTIONS)
     check_same_features(owner, student, teacher)
-    counts = valid_pixels(owner, student, valid=valid)
-    gap = (zero_elsewhere(student, counts) - zero_elsewhere(teacher.detach(), counts)).square()
+    valid_mask = valid_pixels(owner, student, valid=valid)
+    gap = (zero_elsewhere(student, valid_mask) - zero_elsewhere(teacher.detach(), valid_mask)).square()
     if reduction == 'sum':
-        return mean_over_images(gap.flatten(1).sum(dim=1), counts)
-    return masked_mean(gap, None if counts is None else counts[:, None])
+        return mean_over_images(gap.flatten(1).sum(dim=1), valid_mask)
+    return masked_mean(gap, None if valid_mask is None else valid_mask[:, None])

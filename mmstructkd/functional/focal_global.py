@@ -14,8 +14,9 @@ from torch import Tensor
 from mmstructkd.errors import check_finite_number, check_ndim, check_same
 from mmstructkd.functional.core.boxes import box_masks, check_boxes
 from mmstructkd.functional.core.precision import full_precision
-from mmstructkd.functional.core.reduce import masked_mean, mean_of_sum, valid_pixels
+from mmstructkd.functional.core.reduce import masked_mean, mean_of_sum
 from mmstructkd.functional.core.softening import check_temperature
+from mmstructkd.functional.core.valid import valid_pixels, zero_elsewhere
 
 __all__ = ['focal_attention', 'focal_feature_loss']
 
@@ -55,21 +56,20 @@ def focal_attention(
     owner = 'focal_attention'
     check_temperature(owner, temperature)
     check_ndim(owner, 'features', features, 4, '(B, D, H, W)')
-    counts = valid_pixels(owner, features, valid=valid)
-    if counts is not None:
-        features = torch.where(counts[:, None], features, 0)
+    valid_mask = valid_pixels(owner, features, valid=valid)
+    features = zero_elsewhere(features, valid_mask)
     strength = features.abs().flatten(2)
     channels, number = strength.shape[1:]
     positions = strength.mean(dim=1) / temperature
     total: Tensor | int = number
-    if counts is not None:
-        counts = counts.flatten(1)
-        total = counts.sum(dim=1, keepdim=True)
-        positions = torch.where(counts, positions, torch.finfo(positions.dtype).min)
+    if valid_mask is not None:
+        valid_mask = valid_mask.flatten(1)
+        total = valid_mask.sum(dim=1, keepdim=True)
+        positions = torch.where(valid_mask, positions, torch.finfo(positions.dtype).min)
     weights = total * positions.softmax(dim=1)
     means = mean_of_sum(strength.sum(dim=2), total) / temperature
-    if counts is not None:
-        weights = torch.where(counts, weights, 0)
+    if valid_mask is not None:
+        weights = torch.where(valid_mask, weights, 0)
     return weights.unflatten(1, features.shape[2:]), channels * means.softmax(dim=1)
 
 
@@ -142,19 +142,18 @@ def focal_feature_loss(
     way_out = 'Resize the teacher with resize_map, or put a connector in front of the student.'
     check_same(owner, student, teacher, (0, 1, 2, 3), 'B, D, H and W', way_out)
     check_boxes(owner, boxes, student.shape[0])
-    counts = valid_pixels(owner, student, valid=valid)
+    valid_mask = valid_pixels(owner, student, valid=valid)
     teacher = teacher.detach()
-    if counts is not None:
-        # First of all: whatever stands where nothing counts, NaN included, goes nowhere.
-        student = torch.where(counts[:, None], student, 0)
-        teacher = torch.where(counts[:, None], teacher, 0)
-    positions_s, channels_s = focal_attention(student, temperature=temperature, valid=counts)
-    positions_t, channels_t = focal_attention(teacher, temperature=temperature, valid=counts)
+    # First of all: whatever stands where nothing counts, NaN included, goes nowhere.
+    student = zero_elsewhere(student, valid_mask)
+    teacher = zero_elsewhere(teacher, valid_mask)
+    positions_s, channels_s = focal_attention(student, temperature=temperature, valid=valid_mask)
+    positions_t, channels_t = focal_attention(teacher, temperature=temperature, valid=valid_mask)
     boxes = [box.to(student.device) for box in boxes]
     size = (student.shape[2], student.shape[3])
-    foreground, background = box_masks(boxes, size, input_size=input_size, valid=counts)
+    foreground, background = box_masks(boxes, size, input_size=input_size, valid=valid_mask)
     share = positions_t * (foreground_weight * foreground + background_weight * background).to(student.dtype)
     gap = ((student - teacher).square() * channels_t[:, :, None, None]).sum(dim=1)
     attention = (positions_s - positions_t).abs().sum(dim=(1, 2)) + (channels_s - channels_t).abs().sum(dim=1)
     per_image = (gap * share).sum(dim=(1, 2)) + attention_weight * attention
-    return masked_mean(per_image, None if counts is None else counts.flatten(1).any(dim=1))
+    return masked_mean(per_image, None if valid_mask is None else valid_mask.flatten(1).any(dim=1))

@@ -73,14 +73,14 @@ def gradient_matching_loss(
     check_positive(owner, 'eps', eps)
     check_flag(owner, 'align', align)
     check_at_least_one(owner, 'scales', scales)
-    depth_s, depth_t, counts = prepare_depths(owner, student, teacher, valid)
+    depth_s, depth_t, valid_mask = prepare_depths(owner, student, teacher, valid)
     if align:
-        depth_s = align_to_teacher(depth_s, depth_t, counts, eps)
+        depth_s = align_to_teacher(depth_s, depth_t, valid_mask, eps)
     residual = depth_s - depth_t
     means, some = [], []
     for scale in range(scales):
         step = 2**scale
-        coarse, there = residual[:, ::step, ::step], counts[:, ::step, ::step]
+        coarse, there = residual[:, ::step, ::step], valid_mask[:, ::step, ::step]
         across, down = coarse.diff(dim=2).abs(), coarse.diff(dim=1).abs()
         pairs_across, pairs_down = there[:, :, 1:] & there[:, :, :-1], there[:, 1:] & there[:, :-1]
         total = torch.where(pairs_across, across, 0).sum() + torch.where(pairs_down, down, 0).sum()

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from mmstructkd.errors import MAX_SIDE, ConfigError, check_ndim, check_same, is_count
 from mmstructkd.functional.core.precision import full_precision
-from mmstructkd.functional.core.reduce import masked_mean, valid_pixels
+from mmstructkd.functional.core.reduce import masked_mean
+from mmstructkd.functional.core.valid import valid_pixels, zero_elsewhere
 
 __all__ = ['check_sizes', 'hierarchical_context_loss']
 
@@ -83,23 +84,22 @@ def hierarchical_context_loss(
     check_ndim(owner, 'teacher', teacher, 4, '(B, D, H, W)')
     way_out = 'Resize the teacher with resize_map, or put a connector in front of the student.'
     check_same(owner, student, teacher, (0, 1, 2, 3), 'B, D, H and W', way_out)
-    counts = valid_pixels(owner, student, valid=valid)
+    valid_mask = valid_pixels(owner, student, valid=valid)
     teacher = teacher.detach()
-    if counts is not None:
-        # First of all: whatever stands where nothing counts, NaN included, goes nowhere.
-        student = torch.where(counts[:, None], student, 0)
-        teacher = torch.where(counts[:, None], teacher, 0)
+    # First of all: whatever stands where nothing counts, NaN included, goes nowhere.
+    student = zero_elsewhere(student, valid_mask)
+    teacher = zero_elsewhere(teacher, valid_mask)
     # Averages are linear: that of the difference is the difference of the averages.
     gap = student - teacher
-    total = masked_mean(gap.square(), None if counts is None else counts[:, None])
+    total = masked_mean(gap.square(), None if valid_mask is None else valid_mask[:, None])
     weight = divisor = 1.0
     for size in sizes:
         if size >= gap.shape[2]:
             continue
         cells = torch_functional.adaptive_avg_pool2d(gap, size)
         some = None
-        if counts is not None:
-            share = torch_functional.adaptive_avg_pool2d(counts[:, None].to(gap.dtype), size)
+        if valid_mask is not None:
+            share = torch_functional.adaptive_avg_pool2d(valid_mask[:, None].to(gap.dtype), size)
             some = share > 0
             cells = cells / torch.where(some, share, 1)
         weight /= 2

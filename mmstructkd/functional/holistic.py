@@ -29,7 +29,7 @@ def critic_loss(
     teacher_score: Tensor,
     *,
     mode: str,
-    counts: Tensor | None = None,
+    valid: Tensor | None = None,
 ) -> Tensor:
     r"""Objective of the critic: high scores for the teacher, low for the student.
 
@@ -47,7 +47,7 @@ def critic_loss(
         teacher_score: the critic's scores of the teacher's maps, the same
             shape. Not detached: the critic learns from both.
         mode: ``'wgan'`` or ``'hinge'``.
-        counts: images that count, bool, shape :math:`(B,)`. ``None``: all.
+        valid: images that count, bool, shape :math:`(B,)`. ``None``: all.
 
     Returns:
         Scalar, no unit, at least float32: mean over the scores of the images
@@ -56,7 +56,7 @@ def critic_loss(
 
     Raises:
         ConfigError: ``mode`` is unknown.
-        ShapeError: the scores differ in shape, or ``counts`` is not (B,).
+        ShapeError: the scores differ in shape, or ``valid`` is not (B,).
 
     Example:
         >>> critic_loss(torch.tensor([0.5, -0.5]), torch.tensor([1.0, 2.0]), mode='wgan')
@@ -69,14 +69,14 @@ def critic_loss(
     axes = range(student_score.dim())
     check_same(owner, student_score, teacher_score, axes, 'their shape', 'Score both maps with the same critic.')
     if mode == 'wgan':
-        return _mean_score(owner, student_score, counts) - _mean_score(owner, teacher_score, counts)
+        return _mean_score(owner, student_score, valid) - _mean_score(owner, teacher_score, valid)
     fake = torch.relu(1 + student_score)
     real = torch.relu(1 - teacher_score)
-    return _mean_score(owner, fake, counts) + _mean_score(owner, real, counts)
+    return _mean_score(owner, fake, valid) + _mean_score(owner, real, valid)
 
 
 @full_precision
-def adversarial_loss(student_score: Tensor, *, mode: str, counts: Tensor | None = None) -> Tensor:
+def adversarial_loss(student_score: Tensor, *, mode: str, valid: Tensor | None = None) -> Tensor:
     r"""What the student gets from the critic: its scores shall rise.
 
     .. math:: L = -\overline{D(z^s)}
@@ -88,7 +88,7 @@ def adversarial_loss(student_score: Tensor, *, mode: str, counts: Tensor | None 
         student_score: the critic's scores of the student's maps, any shape
             that starts with B, e.g. :math:`(B, 1, h, w)`.
         mode: ``'wgan'`` or ``'hinge'``.
-        counts: images that count, bool, shape :math:`(B,)`. ``None``: all.
+        valid: images that count, bool, shape :math:`(B,)`. ``None``: all.
 
     Returns:
         Scalar, no unit, at least float32, unbounded: minus the mean over the
@@ -96,7 +96,7 @@ def adversarial_loss(student_score: Tensor, *, mode: str, counts: Tensor | None 
 
     Raises:
         ConfigError: ``mode`` is unknown.
-        ShapeError: ``counts`` is not (B,).
+        ShapeError: ``valid`` is not (B,).
 
     Example:
         >>> adversarial_loss(torch.tensor([1.0, 2.0]), mode='wgan')
@@ -104,7 +104,7 @@ def adversarial_loss(student_score: Tensor, *, mode: str, counts: Tensor | None 
     """
     owner = 'adversarial_loss'
     check_one_of(owner, 'mode', mode, ADVERSARIAL_MODES)
-    return -_mean_score(owner, student_score, counts)
+    return -_mean_score(owner, student_score, valid)
 
 
 @full_precision
@@ -115,7 +115,7 @@ def gradient_penalty(
     *,
     weights: Tensor | None = None,
     generator: torch.Generator | None = None,
-    counts: Tensor | None = None,
+    valid: Tensor | None = None,
 ) -> Tensor:
     r"""Squared distance of the critic's slope from 1, between student and teacher.
 
@@ -143,7 +143,7 @@ def gradient_penalty(
             ``generator``.
         generator: random numbers for the u, on any device. ``None``: the
             global generator of the CPU.
-        counts: images that count, bool, shape :math:`(B,)`. ``None``: all.
+        valid: images that count, bool, shape :math:`(B,)`. ``None``: all.
 
     Returns:
         Scalar of at least 0, no unit, at least float32: mean over the images
@@ -152,7 +152,7 @@ def gradient_penalty(
 
     Raises:
         ShapeError: the maps are not 4-D or differ in shape, or ``weights`` or
-            ``counts`` is not (B,).
+            ``valid`` is not (B,).
 
     Example:
         >>> student, teacher = torch.zeros(2, 1, 2, 2), torch.ones(2, 1, 2, 2)
@@ -177,18 +177,18 @@ def gradient_penalty(
         (slope,) = torch.autograd.grad(score.sum(), between, create_graph=keep_graph)
     # `vector_norm` takes 0 as its gradient at 0, where sqrt(sum(x ** 2)) gives NaN.
     norm = torch.linalg.vector_norm(slope.flatten(1), dim=1)
-    return _mean_score(owner, (norm - 1) ** 2, counts)
+    return _mean_score(owner, (norm - 1) ** 2, valid)
 
 
-def _mean_score(owner: str, score: Tensor, counts: Tensor | None) -> Tensor:
+def _mean_score(owner: str, score: Tensor, valid: Tensor | None) -> Tensor:
     """Mean over the scores of the images that count; 0 with a graph if none does."""
-    if counts is None:
+    if valid is None:
         return score.mean()
-    if counts.dim() != 1 or score.dim() == 0 or counts.shape[0] != score.shape[0]:
+    if valid.dim() != 1 or score.dim() == 0 or valid.shape[0] != score.shape[0]:
         raise ShapeError(
-            f'{owner}: `counts` must have shape (B,) for scores {tuple(score.shape)}, got {tuple(counts.shape)}.'
+            f'{owner}: `valid` must have shape (B,) for scores {tuple(score.shape)}, got {tuple(valid.shape)}.'
         )
     image = score.flatten(1).mean(1) if score.dim() > 1 else score
     # `where` and not a product: a score that does not count may be infinite.
-    kept = torch.where(counts.bool(), image, torch.zeros_like(image))
-    return kept.sum() / counts.sum().clamp(min=1)
+    kept = torch.where(valid.bool(), image, torch.zeros_like(image))
+    return kept.sum() / valid.sum().clamp(min=1)

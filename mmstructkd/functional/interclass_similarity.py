@@ -13,8 +13,9 @@ from mmstructkd.errors import ConfigError, ShapeError, check_flag, check_ndim, c
 from mmstructkd.functional.core.binary import as_two_classes
 from mmstructkd.functional.core.classes import RESIZE_TO_SAME_CLASSES, position_distributions
 from mmstructkd.functional.core.precision import exact_matmul, full_precision
-from mmstructkd.functional.core.reduce import masked_mean, valid_pixels
+from mmstructkd.functional.core.reduce import masked_mean
 from mmstructkd.functional.core.softening import check_temperature
+from mmstructkd.functional.core.valid import valid_pixels
 
 __all__ = ['interclass_kl_matrix', 'interclass_similarity_loss']
 
@@ -23,8 +24,8 @@ MODES = ('paper', 'released_code')
 _SHORT = 1e-6
 
 
-def _kl_matrix(logits: Tensor, temperature: float | Tensor, counts: Tensor | None) -> Tensor:
-    flat = None if counts is None else counts.flatten(1)[:, None]
+def _kl_matrix(logits: Tensor, temperature: float | Tensor, valid_mask: Tensor | None) -> Tensor:
+    flat = None if valid_mask is None else valid_mask.flatten(1)[:, None]
     probability, log = position_distributions(logits.flatten(2), temperature, flat, -1)
     # What all classes share at a position cancels. Taken away beforehand it leaves no rounding error.
     log = log - log.detach().clamp(min=-100).mean(dim=1, keepdim=True)
@@ -76,9 +77,11 @@ def _rows_to_length_one(matrix: Tensor) -> Tensor:
     return matrix / matrix.square().sum(dim=-1, keepdim=True).clamp(min=_SHORT**2).sqrt()
 
 
-def _released_matrix(logits: Tensor, temperature: float | Tensor, counts: Tensor | None) -> Tensor:
+def _released_matrix(logits: Tensor, temperature: float | Tensor, valid_mask: Tensor | None) -> Tensor:
     """The matrix of the released code, (C, C), over the whole batch."""
-    probability, log = position_distributions(logits, temperature, None if counts is None else counts[:, None], 2)
+    probability, log = position_distributions(
+        logits, temperature, None if valid_mask is None else valid_mask[:, None], 2
+    )
     own = (probability * log).sum(dim=(0, 2, 3))
     flat = probability.flatten(2)
     with exact_matmul(logits.device.type):
@@ -160,7 +163,7 @@ def interclass_similarity_loss(
     check_ndim(owner, 'teacher', teacher, 4, '(B, C, H, W)')
     student, teacher = as_two_classes(student, teacher)
     check_same(owner, student, teacher, (0, 1, 2, 3), 'B, C, H and W', RESIZE_TO_SAME_CLASSES)
-    counts = valid_pixels(owner, student, valid=valid)
+    valid_mask = valid_pixels(owner, student, valid=valid)
     teacher = teacher.detach()
     if mode == 'released_code':
         if present is not None:
@@ -168,14 +171,14 @@ def interclass_similarity_loss(
                 f"{owner}: `present` must be None with mode='released_code', got a mask. "
                 'That form takes all classes over the whole batch.'
             )
-        matrix_s = _released_matrix(student, temperature, counts)
-        matrix_t = _released_matrix(teacher, temperature, counts)
+        matrix_s = _released_matrix(student, temperature, valid_mask)
+        matrix_t = _released_matrix(teacher, temperature, valid_mask)
         if normalize:
             matrix_s, matrix_t = _rows_to_length_one(matrix_s), _rows_to_length_one(matrix_t)
         return (matrix_s - matrix_t).square().mean() / max(student.shape[0], 1)
 
-    matrix_s = _kl_matrix(student, temperature, counts)
-    matrix_t = _kl_matrix(teacher, temperature, counts)
+    matrix_s = _kl_matrix(student, temperature, valid_mask)
+    matrix_t = _kl_matrix(teacher, temperature, valid_mask)
     pairs = None
     if present is not None:
         if tuple(present.shape) != tuple(student.shape[:2]):
@@ -185,8 +188,8 @@ def interclass_similarity_loss(
         present = present.to(student.device)
         pairs = present[:, :, None] & present[:, None, :]
         matrix_s, matrix_t = torch.where(pairs, matrix_s, 0), torch.where(pairs, matrix_t, 0)
-    if counts is not None:
-        some = counts.flatten(1).any(dim=1)[:, None, None]
+    if valid_mask is not None:
+        some = valid_mask.flatten(1).any(dim=1)[:, None, None]
         pairs = some if pairs is None else pairs & some
     if normalize:
         matrix_s, matrix_t = _rows_to_length_one(matrix_s), _rows_to_length_one(matrix_t)

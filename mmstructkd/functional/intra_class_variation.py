@@ -8,11 +8,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mmstructkd.errors import check_flag, check_ndim, check_same
+from mmstructkd.errors import check_flag, check_ndim, check_positive, check_same
 from mmstructkd.functional.core.nodes import norm_floor, unit_vectors
 from mmstructkd.functional.core.precision import exact_matmul, full_precision
-from mmstructkd.functional.core.reduce import masked_mean, valid_pixels
-from mmstructkd.functional.core.regions import centers_of_classes, classes_on_grid
+from mmstructkd.functional.core.reduce import masked_mean
+from mmstructkd.functional.core.regions import centers_of_classes
+from mmstructkd.functional.core.valid import labelled_pixels, valid_pixels, zero_elsewhere
 
 __all__ = ['intra_class_variation_loss']
 
@@ -24,7 +25,7 @@ def _variation_gap(
     """Squared gap of the cosines to the own centre, (B, N); 0 where nothing counts."""
 
     def likeness(features: Tensor) -> Tensor:
-        features = torch.where(inside[:, None], features, 0).flatten(2)
+        features = zero_elsewhere(features, inside).flatten(2)
         centers, _ = centers_of_classes(features, classes, inside, num_classes)
         with exact_matmul(features.device.type):
             cosines = torch.bmm(unit_vectors(centers, 2, floor), unit_vectors(features, 1, floor))
@@ -95,9 +96,12 @@ def intra_class_variation_loss(
     check_same(
         owner, student, teacher, (0, 2, 3), 'B, H and W', 'Resize the teacher with resize_map; channels may differ.'
     )
-    classes, inside = classes_on_grid(owner, student, labels, num_classes, ignore_index, valid)
+    check_positive(owner, 'num_classes', num_classes)
+    classes, inside = labelled_pixels(
+        owner, student, labels, num_classes=num_classes, ignore_index=ignore_index, valid=valid
+    )
     gap = _variation_gap(student, teacher.detach(), classes, inside, num_classes, norm_floor(student, teacher))
     if not count_ignored:
         return masked_mean(gap, inside.flatten(1))
-    counts = valid_pixels(owner, student, valid=valid)
-    return masked_mean(gap, None if counts is None else counts.flatten(1))
+    valid_mask = valid_pixels(owner, student, valid=valid)
+    return masked_mean(gap, None if valid_mask is None else valid_mask.flatten(1))

@@ -12,8 +12,9 @@ from torch import Tensor
 from mmstructkd.errors import ConfigError, check_flag, check_ndim, check_same, is_count
 from mmstructkd.functional.core.nodes import norm_floor, unit_vectors
 from mmstructkd.functional.core.precision import full_precision
-from mmstructkd.functional.core.reduce import masked_mean, valid_pixels
+from mmstructkd.functional.core.reduce import masked_mean
 from mmstructkd.functional.core.softening import check_temperature, kl_along
+from mmstructkd.functional.core.valid import valid_pixels, zero_elsewhere
 from mmstructkd.functional.core.windows import half_of_offsets, shifted_views
 
 __all__ = ['local_structure_loss']
@@ -35,7 +36,7 @@ def _window(values: list[Tensor], grid: tuple[int, int], radius: int, fill: floa
 def _local_structure(
     student: Tensor,
     teacher: Tensor,
-    counts: Tensor | None,
+    valid_mask: Tensor | None,
     floor: float,
     radius: int,
     temperature: float | Tensor,
@@ -43,7 +44,9 @@ def _local_structure(
 ) -> Tensor:
     batch, _, height, width = student.shape
     grid = (height, width)
-    here = torch.ones(batch, height, width, dtype=torch.bool, device=student.device) if counts is None else counts
+    here = (
+        torch.ones(batch, height, width, dtype=torch.bool, device=student.device) if valid_mask is None else valid_mask
+    )
     offsets = list(half_of_offsets(grid, radius))
     both = []
     for dy, dx in offsets:
@@ -52,8 +55,7 @@ def _local_structure(
     neighbours = _window(both, grid, radius, False)
 
     def log_structure(features: Tensor) -> Tensor:
-        if counts is not None:
-            features = torch.where(counts[:, None], features, 0)
+        features = zero_elsewhere(features, valid_mask)
         units = unit_vectors(features, 1, floor)
         products = []
         for dy, dx in offsets:
@@ -134,7 +136,7 @@ def local_structure_loss(
     check_same(
         owner, student, teacher, (0, 2, 3), 'B, H and W', 'Resize the teacher with resize_map; channels may differ.'
     )
-    counts = valid_pixels(owner, student, valid=valid)
+    valid_mask = valid_pixels(owner, student, valid=valid)
     return _local_structure(
-        student, teacher.detach(), counts, norm_floor(student, teacher), radius, temperature, include_self
+        student, teacher.detach(), valid_mask, norm_floor(student, teacher), radius, temperature, include_self
     )

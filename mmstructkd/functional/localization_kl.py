@@ -12,8 +12,9 @@ from torch import Tensor
 from mmstructkd.errors import ConfigError, ShapeError, check_ndim, check_one_of, check_same, is_count
 from mmstructkd.functional.core.boxes import TAP_THE_SAME_OUTPUT
 from mmstructkd.functional.core.precision import full_precision
-from mmstructkd.functional.core.reduce import mean_of_sum, valid_pixels
+from mmstructkd.functional.core.reduce import mean_of_sum
 from mmstructkd.functional.core.softening import check_temperature, divided, kl_along
+from mmstructkd.functional.core.valid import valid_pixels
 
 __all__ = ['edge_confidence', 'localization_kl_loss']
 
@@ -124,11 +125,11 @@ def localization_kl_loss(
     for name, logits in (('student', student), ('teacher', teacher)):
         check_ndim(owner, name, logits, (2, 4), '(B, 4 (n + 1), H, W) or (M, n + 1)')
     check_same(owner, student, teacher, range(student.dim()), 'their shape', TAP_THE_SAME_OUTPUT)
-    counts = valid_pixels(owner, student, valid=valid)
+    valid_mask = valid_pixels(owner, student, valid=valid)
     split_s = _split_edges(owner, 'student', student, edges)
     split_t = _split_edges(owner, 'teacher', teacher.detach(), edges)
-    if counts is not None:
-        kept = counts[:, None, None]
+    if valid_mask is not None:
+        kept = valid_mask[:, None, None]
         split_s, split_t = torch.where(kept, split_s, 0), torch.where(kept, split_t, 0)
     log_s = torch.log_softmax(divided(split_s, temperature), dim=2)
     log_t = torch.log_softmax(divided(split_t, temperature), dim=2)
@@ -142,9 +143,9 @@ def localization_kl_loss(
                 f'got {tuple(weights.shape)}.'
             )
         values = values * weights.detach()
-    if counts is not None:
-        values = torch.where(counts, values, 0)
+    if valid_mask is not None:
+        values = torch.where(valid_mask, values, 0)
     total = values.sum()
     if reduction == 'mean':
-        total = mean_of_sum(total, values.numel() if counts is None else counts.sum())
+        total = mean_of_sum(total, values.numel() if valid_mask is None else valid_mask.sum())
     return temperature**2 * total

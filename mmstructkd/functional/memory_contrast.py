@@ -5,7 +5,6 @@ Shape shorthand: n anchors with D entries, M keys of a memory.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from mmstructkd.errors import ShapeError, check_ndim, check_positive, check_same
@@ -13,6 +12,7 @@ from mmstructkd.functional.core.nodes import similarity_kl_sum, unit_vectors
 from mmstructkd.functional.core.precision import full_precision
 from mmstructkd.functional.core.reduce import mean_of_sum
 from mmstructkd.functional.core.softening import check_temperature
+from mmstructkd.functional.core.valid import zero_elsewhere
 
 __all__ = ['memory_kl_loss']
 
@@ -62,6 +62,7 @@ def memory_kl_loss(
         ConfigError: a temperature is not above 0.
 
     Example:
+        >>> import torch
         >>> x = torch.eye(2)
         >>> memory_kl_loss(3 * x, x, memory=x).item()
         0.0
@@ -78,11 +79,9 @@ def memory_kl_loss(
         raise ShapeError(f'{owner}: `memory` must have width {teacher.shape[1]}, got {tuple(memory.shape)}.')
     if student.shape[0] == 0 or memory.shape[0] == 0:
         return student.sum() * 0
-    if valid is not None:
-        student, teacher = torch.where(valid[:, None], student, 0), torch.where(valid[:, None], teacher, 0)
+    student, teacher = zero_elsewhere(student, valid), zero_elsewhere(teacher, valid)
     keys = memory.detach()
-    if memory_valid is not None:
-        keys = torch.where(memory_valid[:, None], keys, 0)
+    keys = zero_elsewhere(keys, memory_valid)
     keys = unit_vectors(keys, 1)[None]
     total, count = similarity_kl_sum(
         (unit_vectors(student, 1), keys),

@@ -25,6 +25,7 @@ from mmstructkd.functional.core.precision import exact_matmul, full_precision
 from mmstructkd.functional.core.reduce import masked_mean
 from mmstructkd.functional.core.regions import class_centers
 from mmstructkd.functional.core.softening import check_temperature, kl_along
+from mmstructkd.functional.core.valid import valid_entries, zero_elsewhere
 
 __all__ = ['MutualContrast', 'mutual_contrast_losses', 'prototype_contrast_loss']
 
@@ -46,28 +47,30 @@ class MutualContrast(NamedTuple):
     soft_across: Tensor
 
 
-def _contrast(scores: Tensor, positive: Tensor, counts: Tensor, apart: Tensor) -> Tensor:
+def _contrast(scores: Tensor, positive: Tensor, valid_mask: Tensor, apart: Tensor) -> Tensor:
     """Mean over anchors with a positive of minus the mean log-probability of the positives.
 
     Args:
         scores: similarity over temperature, (n, n).
         positive: which keys are, (n, n).
-        counts: keys and anchors there are, (n,).
+        valid_mask: keys and anchors there are, (n,).
         apart: keys that are not the anchor itself, (n, n).
     """
     lowest = torch.finfo(scores.dtype).min
-    against = torch.where(apart & counts, scores, lowest)
+    against = torch.where(apart & valid_mask, scores, lowest)
     log_p = scores - torch.logsumexp(against, dim=1, keepdim=True)
     number = positive.sum(dim=1)
     mean = torch.where(positive, log_p, 0).sum(dim=1) / number.clamp(min=1).to(scores.dtype)
-    return masked_mean(-mean, counts & (number > 0))
+    return masked_mean(-mean, valid_mask & (number > 0))
 
 
-def _soft(student: Tensor, teacher: Tensor, counts: Tensor, temperature: float) -> Tensor:
+def _soft(student: Tensor, teacher: Tensor, valid_mask: Tensor, temperature: float) -> Tensor:
     """T squared times the mean divergence of rows of similarities; an embedding is its own key here."""
     lowest = torch.finfo(student.dtype).min
-    log_s, log_t = (torch.where(counts, z / temperature, lowest).log_softmax(1) for z in (student, teacher.detach()))
-    return temperature**2 * masked_mean(kl_along(log_s, log_t, 1), counts)
+    log_s, log_t = (
+        torch.where(valid_mask, z / temperature, lowest).log_softmax(1) for z in (student, teacher.detach())
+    )
+    return temperature**2 * masked_mean(kl_along(log_s, log_t, 1), valid_mask)
 
 
 @full_precision
@@ -140,13 +143,12 @@ def mutual_contrast_losses(
             'Embed all in one width.'
         )
     number = embeddings[0].shape[0]
-    for name, tensor in (('labels', labels), ('valid', valid)):
-        if tensor is not None and tuple(tensor.shape) != (number,):
-            raise ShapeError(f'{owner}: `{name}` must have shape ({number},), got {tuple(tensor.shape)}.')
-    counts = torch.ones_like(labels, dtype=torch.bool) if valid is None else valid
-    rows = [torch.where(counts[:, None], peer, 0) for peer in embeddings]
+    if tuple(labels.shape) != (number,):
+        raise ShapeError(f'{owner}: `labels` must have shape ({number},), got {tuple(labels.shape)}.')
+    valid_mask = valid_entries(owner, (number,), valid, like=labels)
+    rows = [zero_elsewhere(peer, valid_mask) for peer in embeddings]
     apart = ~torch.eye(number, dtype=torch.bool, device=labels.device)
-    positive = (labels[:, None] == labels) & apart & counts & counts[:, None]
+    positive = (labels[:, None] == labels) & apart & valid_mask & valid_mask[:, None]
     with exact_matmul(rows[0].device.type):
         near = [[one @ other.mT / temperature for other in rows] for one in rows]
     pairs = [(i, j) for i in range(len(rows)) for j in range(len(rows)) if i != j]
@@ -155,34 +157,34 @@ def mutual_contrast_losses(
         return torch.stack(parts).sum()
 
     return MutualContrast(
-        within=total([_contrast(near[i][i], positive, counts, apart) for i in range(len(rows))]),
-        soft_within=total([_soft(near[i][i], near[j][j], counts, kd_temperature) for i, j in pairs]),
-        across=total([_contrast(near[i][j], positive, counts, apart) for i, j in pairs]),
-        soft_across=total([_soft(near[i][j], near[j][i], counts, kd_temperature) for i, j in pairs]),
+        within=total([_contrast(near[i][i], positive, valid_mask, apart) for i in range(len(rows))]),
+        soft_within=total([_soft(near[i][i], near[j][j], valid_mask, kd_temperature) for i, j in pairs]),
+        across=total([_contrast(near[i][j], positive, valid_mask, apart) for i, j in pairs]),
+        soft_across=total([_soft(near[i][j], near[j][i], valid_mask, kd_temperature) for i, j in pairs]),
     )
 
 
 @full_precision
 def _between_centers(
     centers: Sequence[Tensor],
-    counts: Tensor,
+    valid_mask: Tensor,
     classes: Tensor,
     temperature: float | Tensor,
     kd_temperature: float,
     soft_weight: float,
 ) -> Tensor:
-    """The contrast of unit centres (n, D) of student and teacher, of which ``counts`` are there."""
+    """The contrast of unit centres (n, D) of student and teacher, of which ``valid_mask`` are there."""
     one, other = centers
     apart = ~torch.eye(len(classes), dtype=torch.bool, device=one.device)
-    positive = (classes[:, None] == classes) & apart & counts & counts[:, None]
+    positive = (classes[:, None] == classes) & apart & valid_mask & valid_mask[:, None]
     with exact_matmul(one.device.type):
         own, across = one @ one.mT / temperature, one @ other.mT / temperature
-    loss = _contrast(own, positive, counts, apart) + _contrast(across, positive, counts, apart)
+    loss = _contrast(own, positive, valid_mask, apart) + _contrast(across, positive, valid_mask, apart)
     if not soft_weight:
         return loss
     with exact_matmul(one.device.type):
         theirs = other @ other.mT / temperature
-    soft = _soft(own, theirs, counts, kd_temperature) + _soft(across, across.mT, counts, kd_temperature)
+    soft = _soft(own, theirs, valid_mask, kd_temperature) + _soft(across, across.mT, valid_mask, kd_temperature)
     return loss + soft_weight * soft
 
 
@@ -257,7 +259,7 @@ def prototype_contrast_loss(
     for features in (student, teacher.detach()):
         found, amount = class_centers(features, labels, num_classes, ignore_index=ignore_index, valid=valid)
         centers.append(unit_vectors(found, 2, floor).flatten(0, 1))
-    counts = (amount > 0).flatten()
+    valid_mask = (amount > 0).flatten()
     classes = torch.arange(num_classes, device=student.device).repeat(student.shape[0])
-    loss: Tensor = _between_centers(centers, counts, classes, temperature, kd_temperature, soft_weight)
+    loss: Tensor = _between_centers(centers, valid_mask, classes, temperature, kd_temperature, soft_weight)
     return loss

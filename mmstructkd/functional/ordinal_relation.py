@@ -82,11 +82,11 @@ def ordinal_relation_loss(
     owner = 'ordinal_relation_loss'
     check_positive(owner, 'eps', eps)
     check_finite_number(owner, 'ratio_threshold', ratio_threshold, minimum=0)
-    depth_s, depth_t, counts = prepare_depths(owner, student, teacher, valid)
+    depth_s, depth_t, valid_mask = prepare_depths(owner, student, teacher, valid)
     pairs = given_or_drawn(owner, 'pairs', pairs, depth_s, num_pairs, 2, seed)
     gap_s, gap_t = (-values_at(log_depth(depth, eps), pairs).diff(dim=-1)[..., 0] for depth in (depth_s, depth_t))
     order = gap_t.sign() * (gap_t.abs() > math.log1p(ratio_threshold))
     ranked = torch_functional.softplus(-order * gap_s)
-    there = values_at(counts, pairs).all(dim=-1) & (pairs[..., 0] != pairs[..., 1])
+    there = values_at(valid_mask, pairs).all(dim=-1) & (pairs[..., 0] != pairs[..., 1])
     # Also where no draw meets the pixel.
-    return masked_mean(torch.where(order == 0, gap_s**2, ranked), there) + nan_unless_finite(depth_s, counts)
+    return masked_mean(torch.where(order == 0, gap_s**2, ranked), there) + nan_unless_finite(depth_s, valid_mask)

@@ -29,7 +29,8 @@ from mmstructkd.errors import MAX_SIDE, ConfigError, check_flag, check_ndim, che
 from mmstructkd.functional.core.nodes import norm_floor
 from mmstructkd.functional.core.pooling import POOLS, check_kernel_size, pool_patches
 from mmstructkd.functional.core.precision import exact_matmul, full_precision, wide_dtype
-from mmstructkd.functional.core.reduce import mean_of_sum, valid_pixels
+from mmstructkd.functional.core.reduce import mean_of_sum
+from mmstructkd.functional.core.valid import valid_pixels
 from mmstructkd.functional.core.windows import half_of_offsets, shifted_views
 
 __all__ = ['pairwise_affinity_loss']
@@ -391,11 +392,11 @@ def pairwise_affinity_loss(
     check_same(
         owner, student, teacher, (0, 2, 3), 'B, H and W', 'Resize the teacher with resize_map; channels may differ.'
     )
-    counts = valid_pixels(owner, student, valid=valid)
+    valid_mask = valid_pixels(owner, student, valid=valid)
     floor = norm_floor(student, teacher)
     # Half precision has room above it once promoted; bfloat16 has the range of float32.
-    nodes_s, counts_s = pool_patches(student, kernel, pool, counts, student.dtype == torch.bfloat16)
-    nodes_t, _ = pool_patches(teacher.detach(), kernel, pool, counts, teacher.dtype == torch.bfloat16)
+    nodes_s, valid_s = pool_patches(student, kernel, pool, valid_mask, student.dtype == torch.bfloat16)
+    nodes_t, _ = pool_patches(teacher.detach(), kernel, pool, valid_mask, teacher.dtype == torch.bfloat16)
     grid = (nodes_s.shape[-2], nodes_s.shape[-1])
     reach = radius if radius is not None and radius < max(grid) - 1 else None
     nodes_s, nodes_t = nodes_s.flatten(2), nodes_t.flatten(2)
@@ -411,7 +412,7 @@ def pairwise_affinity_loss(
         chosen = form
     if chosen == 'local':
         reach = radius
-    pairs = _pairs(counts_s, student.shape[0], grid, reach)
+    pairs = _pairs(valid_s, student.shape[0], grid, reach)
     # Compiled code knows neither the check in the backward pass nor the choice of digits in the forward one.
     # Asked here and not written as a decorator, since `disable` imports the whole compiler.
     gap = torch.compiler.disable(_gap) if torch.compiler.is_compiling() else _gap

@@ -11,10 +11,11 @@ from torch import Tensor
 from mmstructkd.errors import ShapeError, check_ndim, check_same
 from mmstructkd.functional.core.binary import as_two_classes
 from mmstructkd.functional.core.precision import full_precision
-from mmstructkd.functional.core.reduce import masked_mean, valid_pixels
+from mmstructkd.functional.core.reduce import masked_mean
 from mmstructkd.functional.core.resize import RESIZE_OR_CONNECT
 from mmstructkd.functional.core.scores import class_scores
 from mmstructkd.functional.core.softening import check_temperature, kl_along, log_of_classes, teacher_log_of_classes
+from mmstructkd.functional.core.valid import valid_pixels, zero_elsewhere
 
 __all__ = ['instance_temperature_kl_loss', 'pixelwise_kl_loss']
 
@@ -86,13 +87,12 @@ def pixelwise_kl_loss(
     student, teacher = as_two_classes(student, teacher)
     axes = range(4) if student.dim() == 4 else range(2)
     check_same(owner, student, teacher, axes, 'B, C, H and W' if student.dim() == 4 else 'M and C', RESIZE_OR_CONNECT)
-    counts = valid_pixels(owner, student, labels=labels, ignore_index=ignore_index, valid=valid)
-    if counts is not None:
-        # Before the softmax, so that whatever stands at an ignored pixel, NaN included, goes nowhere.
-        student = torch.where(counts.unsqueeze(1), student, 0)
+    valid_mask = valid_pixels(owner, student, labels=labels, ignore_index=ignore_index, valid=valid)
+    # Before the softmax, so that whatever stands at an ignored pixel, NaN included, goes nowhere.
+    student = zero_elsewhere(student, valid_mask)
     log_s = log_of_classes(student, temperature)
-    log_t = teacher_log_of_classes(teacher, temperature, counts)
-    return temperature**2 * masked_mean(kl_along(log_s, log_t, dim=1), counts)
+    log_t = teacher_log_of_classes(teacher, temperature, valid_mask)
+    return temperature**2 * masked_mean(kl_along(log_s, log_t, dim=1), valid_mask)
 
 
 @full_precision
@@ -156,15 +156,15 @@ def instance_temperature_kl_loss(
             f'{owner}: `temperature` must have shape {" or ".join(map(str, allowed))}, '
             f'got {tuple(temperature.shape)}. One number for all is for pixelwise_kl_loss.'
         )
-    counts = valid_pixels(owner, student, labels=labels, ignore_index=ignore_index, valid=valid)
+    valid_mask = valid_pixels(owner, student, labels=labels, ignore_index=ignore_index, valid=valid)
     teacher = teacher.detach()
-    if counts is not None:
+    if valid_mask is not None:
         # Whatever stands where nothing counts, NaN included, reaches no gradient, also not the temperature's.
-        student, teacher = (torch.where(counts.unsqueeze(1), z, 0) for z in (student, teacher))
-        temperature = torch.where(counts.unsqueeze(1), temperature, 1)
+        student, teacher = (zero_elsewhere(z, valid_mask) for z in (student, teacher))
+        temperature = torch.where(valid_mask.unsqueeze(1), temperature, 1)
     # Minus infinity, a class of probability 0, would give a temperature that learns a gradient of NaN. Some way
     # above the end of the range, so that a temperature below 1 does not lead there either.
     lowest = torch.finfo(student.dtype).min / 256
     student, teacher = student.clamp(min=lowest), teacher.clamp(min=lowest)
     gap = kl_along(log_of_classes(student, temperature), log_of_classes(teacher, temperature), 1)
-    return masked_mean(temperature.squeeze(1).square() * gap, counts)
+    return masked_mean(temperature.squeeze(1).square() * gap, valid_mask)

@@ -15,6 +15,7 @@ from mmstructkd.functional.core.nodes import unit_vectors
 from mmstructkd.functional.core.precision import exact_matmul, full_precision
 from mmstructkd.functional.core.reduce import masked_mean
 from mmstructkd.functional.core.softening import check_temperature
+from mmstructkd.functional.core.valid import valid_entries, zero_elsewhere
 
 __all__ = ['region_contrast_loss', 'sinkhorn_loss', 'wasserstein_contrast_loss']
 
@@ -35,13 +36,12 @@ def _instances(
 
 def _negatives(owner: str, like: Tensor, classes: Tensor | None, valid: Tensor | None) -> tuple[Tensor, Tensor]:
     count = like.shape[0]
-    for name, tensor in (('classes', classes), ('valid', valid)):
-        if tensor is not None and tuple(tensor.shape) != (count,):
-            raise ShapeError(f'{owner}: `{name}` must have shape ({count},), got {tuple(tensor.shape)}.')
-    counts = torch.ones(count, dtype=torch.bool, device=like.device) if valid is None else valid
+    if classes is not None and tuple(classes.shape) != (count,):
+        raise ShapeError(f'{owner}: `classes` must have shape ({count},), got {tuple(classes.shape)}.')
+    valid_mask = valid_entries(owner, (count,), valid, like=like)
     index = torch.arange(count, device=like.device) if classes is None else classes
     other = index[:, None] != index
-    return counts, other & counts & counts[:, None]
+    return valid_mask, other & valid_mask & valid_mask[:, None]
 
 
 @full_precision
@@ -110,7 +110,7 @@ def region_contrast_loss(
     owner = 'region_contrast_loss'
     check_temperature(owner, temperature)
     check_flag(owner, 'detach_teacher', detach_teacher)
-    counts, negative = _instances(owner, student, teacher, classes, valid)
+    valid_mask, negative = _instances(owner, student, teacher, classes, valid)
     if memory is not None and (classes is None or memory_classes is None):
         raise ConfigError(
             f'{owner}: `memory_classes` and `classes` must be given with a memory, got '
@@ -119,7 +119,7 @@ def region_contrast_loss(
         )
     if detach_teacher:
         teacher = teacher.detach()
-    units_s, units_t = (unit_vectors(torch.where(counts[:, None], e, 0), 1) for e in (student, teacher))
+    units_s, units_t = (unit_vectors(zero_elsewhere(e, valid_mask), 1) for e in (student, teacher))
     lowest = torch.finfo(units_s.dtype).min
     with exact_matmul(units_s.device.type):
         scores = units_s @ units_t.mT / temperature
@@ -128,16 +128,16 @@ def region_contrast_loss(
     def part(against: Tensor, allowed: Tensor) -> Tensor:
         against = torch.where(allowed, against, lowest)
         loss = torch.logsumexp(torch.cat([own[:, None], against], dim=1), dim=1) - own
-        return masked_mean(loss, counts & allowed.any(dim=1))
+        return masked_mean(loss, valid_mask & allowed.any(dim=1))
 
     forward, allowed = scores, negative
     if memory is not None and memory_classes is not None and classes is not None:
         there = torch.ones_like(memory_classes, dtype=torch.bool) if memory_valid is None else memory_valid
-        keys = torch.where(there[:, None], memory, 0)
+        keys = zero_elsewhere(memory, there)
         keys = unit_vectors(keys.detach() if detach_teacher else keys, 1)
         with exact_matmul(units_s.device.type):
             forward = torch.cat([scores, units_s @ keys.mT / temperature], dim=1)
-        foreign = (classes[:, None] != memory_classes) & there & counts[:, None]
+        foreign = (classes[:, None] != memory_classes) & there & valid_mask[:, None]
         allowed = torch.cat([negative, foreign], dim=1)
     return part(forward, allowed) + part(scores.mT, negative)
 
@@ -177,8 +177,8 @@ def wasserstein_contrast_loss(scores: Tensor, *, classes: Tensor | None = None, 
     check_ndim(owner, 'scores', scores, 2, '(n, n)')
     if scores.shape[0] != scores.shape[1]:
         raise ShapeError(f'{owner}: `scores` must have shape (n, n), got {tuple(scores.shape)}.')
-    counts, negative = _negatives(owner, scores, classes, valid)
-    gap = masked_mean(scores, negative) - masked_mean(scores.diagonal(), counts & negative.any(dim=1))
+    valid_mask, negative = _negatives(owner, scores, classes, valid)
+    gap = masked_mean(scores, negative) - masked_mean(scores.diagonal(), valid_mask & negative.any(dim=1))
     return torch.where(negative.any(), gap, 0 * gap)
 
 
@@ -247,12 +247,12 @@ def sinkhorn_loss(
     check_flag(owner, 'detach_teacher', detach_teacher)
     if not is_count(iterations) or iterations < 1:
         raise ConfigError(f'{owner}: `iterations` must be an integer of at least 1, got {iterations!r}.')
-    counts, _ = _instances(owner, student, teacher, None, valid)
+    valid_mask, _ = _instances(owner, student, teacher, None, valid)
     if detach_teacher:
         teacher = teacher.detach()
-    units_s, units_t = (unit_vectors(torch.where(counts[:, None], e, 0), 1) for e in (student, teacher))
-    number = counts.sum().clamp(min=1).to(units_s.dtype)
-    weights = torch.where(counts, -number.log(), -1e4 * math.log(10))
+    units_s, units_t = (unit_vectors(zero_elsewhere(e, valid_mask), 1) for e in (student, teacher))
+    number = valid_mask.sum().clamp(min=1).to(units_s.dtype)
+    weights = torch.where(valid_mask, -number.log(), -1e4 * math.log(10))
 
     def cost(first: Tensor, second: Tensor) -> Tensor:
         with exact_matmul(first.device.type):
@@ -261,4 +261,4 @@ def sinkhorn_loss(
     value = _transport(cost(units_s, units_t), weights, weights, epsilon, iterations)
     value = value - _transport(cost(units_s, units_s), weights, weights, epsilon, iterations) / 2
     value = value - _transport(cost(units_t, units_t), weights, weights, epsilon, iterations) / 2
-    return torch.where(counts.any(), value, 0 * value)
+    return torch.where(valid_mask.any(), value, 0 * value)

@@ -26,15 +26,15 @@ _ROUNDING = 1e-13
 _ROOM = 64.0
 
 
-def _geometry(nodes: Tensor, counts: Tensor | None, floor: float) -> tuple[Tensor, Tensor, Tensor]:
+def _geometry(nodes: Tensor, valid_mask: Tensor | None, floor: float) -> tuple[Tensor, Tensor, Tensor]:
     """Gram matrix of centred nodes, distances, and their reciprocals (0 where two nodes coincide); (G, n, n)."""
     nodes = nodes.to(wide_dtype(nodes))
     # Relations between differences do not change with the origin. Near it they keep their digits.
-    if counts is None:
+    if valid_mask is None:
         nodes = nodes - nodes.detach().mean(dim=1, keepdim=True)
     else:
-        center = mean_of_sum(nodes.detach().sum(dim=1), counts.sum(dim=1)[:, None])
-        nodes = torch.where(counts[..., None], nodes - center[:, None], 0)
+        center = mean_of_sum(nodes.detach().sum(dim=1), valid_mask.sum(dim=1)[:, None])
+        nodes = torch.where(valid_mask[..., None], nodes - center[:, None], 0)
     gram = torch.bmm(nodes, nodes.mT)
     length = gram.diagonal(dim1=1, dim2=2)
     both = length[:, :, None] + length[:, None, :]
@@ -61,16 +61,16 @@ def _relative(distance: Tensor, pairs: Tensor | None) -> Tensor:
 def _relations(
     student: Tensor,
     teacher: Tensor,
-    counts: Tensor | None,
+    valid_mask: Tensor | None,
     floor: float,
     distance_weight: float,
     angle_weight: float,
 ) -> Tensor:
     dtype = student.dtype
     sets, nodes = student.shape[:2]
-    pairs = pairs_of(counts)
-    gram_s, distance_s, inverse_s = _geometry(student, counts, floor)
-    gram_t, distance_t, inverse_t = _geometry(teacher, counts, floor)
+    pairs = pairs_of(valid_mask)
+    gram_s, distance_s, inverse_s = _geometry(student, valid_mask, floor)
+    gram_t, distance_t, inverse_t = _geometry(teacher, valid_mask, floor)
     total = gram_s.sum() * 0
     if distance_weight:
         near_s, near_t = _relative(distance_s, pairs), _relative(distance_t, pairs)
@@ -89,11 +89,11 @@ def _relations(
             gap = torch_functional.smooth_l1_loss(
                 angles(gram_s, inverse_s, part), angles(gram_t, inverse_t, part), reduction='none'
             )
-            if counts is not None and pairs is not None:
-                gap = torch.where(counts[:, part, None, None] & pairs[:, None], gap, 0)
+            if valid_mask is not None and pairs is not None:
+                gap = torch.where(valid_mask[:, part, None, None] & pairs[:, None], gap, 0)
             return gap.sum()
 
-        triples = sets * nodes**3 if counts is None else counts.sum(dim=1).pow(3).sum()
+        triples = sets * nodes**3 if valid_mask is None else valid_mask.sum(dim=1).pow(3).sum()
         total = total + angle_weight * mean_of_sum(sum_in_blocks(block, nodes, sets * nodes**2), triples)
     return total.to(dtype)
 
@@ -155,5 +155,5 @@ def relational_loss(
     floor = norm_floor(student, teacher)
     if floor > 1e-12:
         floor *= _ROOM
-    set_s, set_t, counts = as_sets(owner, student, teacher.detach(), valid)
-    return _relations(set_s, set_t, counts, floor, distance_weight, angle_weight)
+    set_s, set_t, valid_mask = as_sets(owner, student, teacher.detach(), valid)
+    return _relations(set_s, set_t, valid_mask, floor, distance_weight, angle_weight)

@@ -17,10 +17,10 @@ from mmstructkd.functional.core.reduce import masked_mean
 __all__ = ['scale_shift_invariant_loss']
 
 
-def _median(values: Tensor, counts: Tensor) -> Tensor:
+def _median(values: Tensor, valid_mask: Tensor) -> Tensor:
     """Lower median of each image over what counts, shape (B, 1, 1); 0 where nothing does."""
-    number = counts.flatten(1).sum(dim=1, keepdim=True)
-    ordered = values.masked_fill(~counts, torch.inf).flatten(1).sort(dim=1).values
+    number = valid_mask.flatten(1).sum(dim=1, keepdim=True)
+    ordered = values.masked_fill(~valid_mask, torch.inf).flatten(1).sort(dim=1).values
     middle = ordered.gather(1, ((number - 1) // 2).clamp(min=0))
     return torch.where(number > 0, middle, 0)[:, :, None]
 
@@ -85,12 +85,12 @@ def scale_shift_invariant_loss(
     owner = 'scale_shift_invariant_loss'
     check_positive(owner, 'eps', eps)
     check_flag(owner, 'robust', robust)
-    depth_s, depth_t, counts = prepare_depths(owner, student, teacher, valid)
+    depth_s, depth_t, valid_mask = prepare_depths(owner, student, teacher, valid)
     if not robust:
-        return masked_mean((align_to_teacher(depth_s, depth_t, counts, eps) - depth_t) ** 2, counts)
+        return masked_mean((align_to_teacher(depth_s, depth_t, valid_mask, eps) - depth_t) ** 2, valid_mask)
 
     def standardized(depth: Tensor) -> Tensor:
-        centred = depth - _median(depth, counts)
-        return centred / mean_of_each_image(centred.abs(), counts).clamp(min=eps)
+        centred = depth - _median(depth, valid_mask)
+        return centred / mean_of_each_image(centred.abs(), valid_mask).clamp(min=eps)
 
-    return masked_mean((standardized(depth_s) - standardized(depth_t)).abs(), counts)
+    return masked_mean((standardized(depth_s) - standardized(depth_t)).abs(), valid_mask)

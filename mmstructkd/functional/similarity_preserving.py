@@ -20,14 +20,14 @@ __all__ = ['similarity_preserving_loss']
 
 
 @full_precision
-def _row_similarity(student: Tensor, teacher: Tensor, counts: Tensor | None, floor: float) -> Tensor:
+def _row_similarity(student: Tensor, teacher: Tensor, valid_mask: Tensor | None, floor: float) -> Tensor:
     def rows(nodes: Tensor) -> Tensor:
         # One scale for the whole set cancels in the rows, and keeps long products in range.
         nodes = by_peak(nodes, floor)
         with exact_matmul(nodes.device.type):
             return unit_vectors(torch.bmm(nodes, nodes.mT), 2)
 
-    return masked_mean((rows(student) - rows(teacher)).square(), pairs_of(counts))
+    return masked_mean((rows(student) - rows(teacher)).square(), pairs_of(valid_mask))
 
 
 def similarity_preserving_loss(student: Tensor, teacher: Tensor, *, valid: Tensor | None = None) -> Tensor:
@@ -66,5 +66,5 @@ def similarity_preserving_loss(student: Tensor, teacher: Tensor, *, valid: Tenso
         0.2929
     """
     floor = norm_floor(student, teacher)
-    set_s, set_t, counts = as_sets('similarity_preserving_loss', student, teacher.detach(), valid)
-    return _row_similarity(set_s, set_t, counts, floor)
+    set_s, set_t, valid_mask = as_sets('similarity_preserving_loss', student, teacher.detach(), valid)
+    return _row_similarity(set_s, set_t, valid_mask, floor)

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from mmstructkd.errors import check_one_of, check_positive
-from mmstructkd.functional.core.features import check_same_features, smallest_normal, zero_elsewhere
+from mmstructkd.functional.core.features import check_same_features, smallest_normal
 from mmstructkd.functional.core.precision import full_precision
-from mmstructkd.functional.core.reduce import masked_mean, mean_of_sum, valid_pixels
+from mmstructkd.functional.core.reduce import masked_mean, mean_of_sum
+from mmstructkd.functional.core.valid import valid_pixels, zero_elsewhere
 
 __all__ = ['OVER', 'standardized_mse_loss']
 
@@ -21,7 +22,7 @@ OVER = ('image', 'batch')
 
 def _standardized(
     features: Tensor,
-    counts: Tensor | None,
+    valid_mask: Tensor | None,
     axes: tuple[int, ...],
     number: Tensor | int,
     correction: int,
@@ -35,8 +36,8 @@ def _standardized(
     # Twice: what the first mean of a constant channel is off by would pass for its variation.
     for _ in range(2):
         centred = centred - mean_of_sum(centred.sum(dim=axes, keepdim=True), number)
-        if counts is not None:
-            centred = torch.where(counts, centred, 0)
+        if valid_mask is not None:
+            centred = torch.where(valid_mask, centred, 0)
     variance = mean_of_sum(centred.square().sum(dim=axes, keepdim=True), number - correction)
     floor = (eps / peak).clamp(min=1e-12)
     return centred / (variance + floor.square()).sqrt()
@@ -44,17 +45,17 @@ def _standardized(
 
 @full_precision
 def _standardized_mse(student: Tensor, teacher: Tensor, over: str, eps: float, valid: Tensor | None) -> Tensor:
-    counts = valid_pixels('standardized_mse_loss', student, valid=valid)
-    student, teacher = (zero_elsewhere(f, counts).flatten(2) for f in (student, teacher.detach()))
+    valid_mask = valid_pixels('standardized_mse_loss', student, valid=valid)
+    student, teacher = (zero_elsewhere(f, valid_mask).flatten(2) for f in (student, teacher.detach()))
     axes = (2,) if over == 'image' else (0, 2)
     number: Tensor | int = student.shape[2] * (1 if over == 'image' else student.shape[0])
-    if counts is not None:
-        counts = counts.flatten(1)[:, None]
-        number = counts.sum(dim=axes, keepdim=True)
+    if valid_mask is not None:
+        valid_mask = valid_mask.flatten(1)[:, None]
+        number = valid_mask.sum(dim=axes, keepdim=True)
     # The published code of the batch form divides by one less.
     correction = 0 if over == 'image' else 1
-    standard_s, standard_t = (_standardized(f, counts, axes, number, correction, eps) for f in (student, teacher))
-    return masked_mean((standard_s - standard_t).square(), counts)
+    standard_s, standard_t = (_standardized(f, valid_mask, axes, number, correction, eps) for f in (student, teacher))
+    return masked_mean((standard_s - standard_t).square(), valid_mask)
 
 
 def standardized_mse_loss(

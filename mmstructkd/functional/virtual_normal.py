@@ -91,7 +91,7 @@ def virtual_normal_loss(
     owner = 'virtual_normal_loss'
     focal = check_camera(owner, focal_length, field_of_view)
     check_triangle(owner, min_distance, min_angle)
-    depth_s, depth_t, counts = prepare_depths(owner, student, teacher, valid)
+    depth_s, depth_t, valid_mask = prepare_depths(owner, student, teacher, valid)
     height, width = depth_s.shape[1:]
     if focal is None:
         focal = (width / (2 * math.tan(math.radians(field_of_view) / 2)),) * 2
@@ -117,10 +117,10 @@ def virtual_normal_loss(
         return upright / length.clamp(min=_FLAT)
 
     points_t = corners(depth_t)
-    good = values_at(counts, triplets).all(dim=-1) & _spans_triangle(points_t, min_distance, min_angle)
+    good = values_at(valid_mask, triplets).all(dim=-1) & _spans_triangle(points_t, min_distance, min_angle)
     distance = (normal(corners(depth_s)) - normal(points_t)).abs().sum(dim=-1)
     # Also where no draw meets the pixel.
-    return masked_mean(distance, good) + nan_unless_finite(depth_s, counts)
+    return masked_mean(distance, good) + nan_unless_finite(depth_s, valid_mask)
 
 
 def _spans_triangle(points: tuple[Tensor, ...], min_distance: float, min_angle: float) -> Tensor:

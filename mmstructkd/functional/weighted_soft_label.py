@@ -11,8 +11,9 @@ from torch import Tensor
 
 from mmstructkd.functional.core.precision import full_precision
 from mmstructkd.functional.core.reduce import masked_mean
-from mmstructkd.functional.core.scores import class_index, class_scores, zero_where_ignored
+from mmstructkd.functional.core.scores import class_scores
 from mmstructkd.functional.core.softening import LOWEST, check_temperature, log_of_classes, teacher_log_of_classes
+from mmstructkd.functional.core.valid import labelled_pixels, zero_elsewhere
 
 __all__ = ['weighted_soft_label_loss']
 
@@ -72,15 +73,17 @@ def weighted_soft_label_loss(
     owner = 'weighted_soft_label_loss'
     check_temperature(owner, temperature)
     student, teacher = class_scores(owner, student, teacher)
-    index, counts = class_index(owner, student, labels, ignore_index, valid)
-    (student,) = zero_where_ignored(counts, student)
+    index, valid_mask = labelled_pixels(
+        owner, student, labels, num_classes=student.shape[1], ignore_index=ignore_index, valid=valid
+    )
+    student = zero_elsewhere(student, valid_mask)
 
     def hardness(log_p: Tensor) -> Tensor:
         return -log_p.gather(1, index.unsqueeze(1)).squeeze(1).clamp(min=LOWEST)
 
     hard_s = hardness(log_of_classes(student.detach(), 1.0))
-    hard_t = hardness(teacher_log_of_classes(teacher, 1.0, counts))
+    hard_t = hardness(teacher_log_of_classes(teacher, 1.0, valid_mask))
     weight = -torch.expm1(-hard_s / (hard_t + 1e-7))
     log_s = log_of_classes(student, temperature).clamp(min=LOWEST)
-    p_t = teacher_log_of_classes(teacher, temperature, counts).exp()
-    return temperature**2 * masked_mean(weight * -(p_t * log_s).sum(1), counts)
+    p_t = teacher_log_of_classes(teacher, temperature, valid_mask).exp()
+    return temperature**2 * masked_mean(weight * -(p_t * log_s).sum(1), valid_mask)

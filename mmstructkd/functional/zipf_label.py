@@ -13,8 +13,9 @@ from torch import Tensor
 from mmstructkd.errors import ConfigError, check_ndim, is_count
 from mmstructkd.functional.core.precision import full_precision
 from mmstructkd.functional.core.reduce import masked_mean, nan_unless_finite
-from mmstructkd.functional.core.scores import class_index, class_scores, zero_where_ignored
+from mmstructkd.functional.core.scores import class_scores
 from mmstructkd.functional.core.softening import LOWEST
+from mmstructkd.functional.core.valid import labelled_pixels, zero_elsewhere
 
 __all__ = ['zipf_label_loss']
 
@@ -79,12 +80,14 @@ def zipf_label_loss(
         raise ConfigError(f'{owner}: `kernel_size` must be an odd integer above 0, got {kernel_size!r}.')
     check_ndim(owner, 'student', student, 4, '(B, C, H, W)')
     student, voter = class_scores(owner, student, student if teacher is None else teacher)
-    index, counts = class_index(owner, student, labels, ignore_index, valid)
-    student, voter = zero_where_ignored(counts, student, voter.detach())
+    index, valid_mask = labelled_pixels(
+        owner, student, labels, num_classes=student.shape[1], ignore_index=ignore_index, valid=valid
+    )
+    student, voter = zero_elsewhere(student, valid_mask), zero_elsewhere(voter.detach(), valid_mask)
     classes = student.shape[1]
     one = torch.zeros_like(student, dtype=torch.bool).scatter_(1, index.unsqueeze(1), True)
 
-    ballots = torch.zeros_like(student).scatter_(1, voter.argmax(1, keepdim=True), 1.0) * counts.unsqueeze(1)
+    ballots = torch.zeros_like(student).scatter_(1, voter.argmax(1, keepdim=True), 1.0) * valid_mask.unsqueeze(1)
     # One axis after the other. Sums of ones and zeros are exact, so that ties stay ties.
     half = kernel_size // 2
     votes = torch_functional.avg_pool2d(ballots, (kernel_size, 1), 1, (half, 0), divisor_override=1)
@@ -97,6 +100,6 @@ def zipf_label_loss(
 
     kept = student.clamp(min=torch.finfo(student.dtype).min).masked_fill(one, -torch.inf)
     among = torch.log_softmax(kept, dim=1).masked_fill(one, 0.0).clamp(min=LOWEST)
-    loss = masked_mean((torch.special.xlogy(zipf, zipf) - zipf * among).sum(1), counts)
+    loss = masked_mean((torch.special.xlogy(zipf, zipf) - zipf * among).sum(1), valid_mask)
     # A vote is a whole number, whatever it was made of; a class may be impossible.
     return loss + nan_unless_finite(voter.clamp(min=torch.finfo(voter.dtype).min))

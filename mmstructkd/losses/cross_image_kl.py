@@ -85,9 +85,8 @@ class CrossImageKLLoss(SoftenedLoss):
         valid = self.counting(student, targets)
         kernel = self._kernel_at(student.shape[-2], student.shape[-1])
         if kernel != (1, 1) and student.shape[-2:] == teacher.shape[-2:]:
-            student, counts = pool_nodes(student, kernel, valid)
             teacher, _ = pool_nodes(teacher.detach(), kernel, valid)
-            valid = counts
+            student, valid = pool_nodes(student, kernel, valid)
         student, teacher, temperature = self.soften(student, teacher, targets)
         return cross_image_kl_loss(student, teacher, temperature=temperature, valid=valid)
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mmstructkd.errors import ConfigError, ShapeError, check_ndim, check_same, check_some_weight
 from mmstructkd.functional.core.precision import full_precision
+from mmstructkd.functional.core.valid import zero_elsewhere
 from mmstructkd.functional.feature_mse import feature_mse_loss
 from mmstructkd.functional.focal_global import focal_feature_loss
 from mmstructkd.losses.presets import settle
@@ -81,9 +82,8 @@ def _relation(
 ) -> Tensor:
     """Sum of squares of R_s(f^s) - R_t(f^t), averaged over images."""
     teacher = teacher.detach()
-    if valid is not None:
-        student = torch.where(valid[:, None], student, 0)
-        teacher = torch.where(valid[:, None], teacher, 0)
+    student = zero_elsewhere(student, valid)
+    teacher = zero_elsewhere(teacher, valid)
     dtype = context_s.mask.weight.dtype
     added = context_s(student.to(dtype), valid) - context_t(teacher.to(dtype), valid)
     # On the student's side both: the function detaches its second argument, and the teacher's block learns.

@@ -326,7 +326,7 @@ class HolisticLoss(DistillLoss):
             log = self.normalize == 'log_depth'
             student, teacher = (normalize_depth(depth, teacher, log=log, valid=valid) for depth in (student, teacher))
         ignored = None if valid is None else ~valid.unsqueeze(1)
-        counts = None if valid is None else valid.flatten(1).any(dim=1)
+        some = None if valid is None else valid.flatten(1).any(dim=1)
 
         def masked(maps: Tensor) -> Tensor:
             return maps if ignored is None else maps.masked_fill(ignored, 0)
@@ -342,7 +342,7 @@ class HolisticLoss(DistillLoss):
         # spectral norm and the statistics of BatchNorm move with each.
         frozen = {name: parameter.detach() for name, parameter in critic.named_parameters()}
         adversarial = adversarial_loss(
-            functional_call(critic, frozen, (masked(map_s), images)), mode=self.mode, counts=counts
+            functional_call(critic, frozen, (masked(map_s), images)), mode=self.mode, valid=some
         )
 
         if self.critic_weight == 0:
@@ -350,10 +350,10 @@ class HolisticLoss(DistillLoss):
         map_s = map_s.detach()
         score_t = judge(map_t)
         score_s = judge(map_s)
-        objective = critic_loss(score_s, score_t, mode=self.mode, counts=counts)
+        objective = critic_loss(score_s, score_t, mode=self.mode, valid=some)
         if self.gradient_penalty_weight > 0:
             weights = self.interpolation_weights(map_s.shape[0])
-            penalty = gradient_penalty(judge, map_s, map_t, weights=weights, counts=counts)
+            penalty = gradient_penalty(judge, map_s, map_t, weights=weights, valid=some)
             objective = objective + self.gradient_penalty_weight * penalty
         return {'': adversarial, 'critic': self.critic_weight * objective}
 

@@ -84,10 +84,10 @@ class NodeLoss(DistillLoss):
         valid = self.counting(student, targets)
         if self.nodes == 'images':
             return student, teacher, valid
-        cells_s, counts = cell_nodes(student, self.grid, valid)
+        cells_s, valid_mask = cell_nodes(student, self.grid, valid)
         with torch.no_grad():
             cells_t, _ = cell_nodes(teacher, self.grid, valid)
-        return cells_s, cells_t, counts
+        return cells_s, cells_t, valid_mask
 
     def extra_repr(self) -> str:
         """Show the settings in the model's print-out."""

@@ -60,8 +60,8 @@ def test_images_that_do_not_count_change_nothing(mode):
     student, teacher = student.clone(), teacher.clone()
     student[0], teacher[0] = float('inf'), float('nan')
     got = (
-        critic_loss(student, teacher, mode=mode, counts=counts),
-        adversarial_loss(student, mode=mode, counts=counts),
+        critic_loss(student, teacher, mode=mode, valid=counts),
+        adversarial_loss(student, mode=mode, valid=counts),
     )
     torch.testing.assert_close(got, want)
 
@@ -70,7 +70,7 @@ def test_images_that_do_not_count_change_nothing(mode):
 def test_no_image_counts(mode):
     student, teacher = scores()
     counts = torch.zeros(2, dtype=torch.bool)
-    loss = critic_loss(student, teacher, mode=mode, counts=counts) + adversarial_loss(student, mode=mode, counts=counts)
+    loss = critic_loss(student, teacher, mode=mode, valid=counts) + adversarial_loss(student, mode=mode, valid=counts)
     loss.backward()
     assert loss.item() == 0
     assert not student.grad.any()
@@ -184,7 +184,7 @@ def test_gradient_penalty_runs_the_critic_in_full_precision():
         (lambda s, t: critic_loss(s, t, mode='wgan-gp'), ConfigError, r"`mode` must be one of .*'wgan-gp'.*'wgan'"),
         (lambda s, t: adversarial_loss(s, mode='bce'), ConfigError, r"`mode` must be one of .*got 'bce'"),
         (lambda s, t: critic_loss(s, t[:1], mode='wgan'), ShapeError, r'\(2, 1, 2, 5\) and \(1, 1, 2, 5\)'),
-        (lambda s, t: adversarial_loss(s, mode='wgan', counts=torch.ones(3)), ShapeError, r'`counts`.*got \(3,\)'),
+        (lambda s, t: adversarial_loss(s, mode='wgan', valid=torch.ones(3)), ShapeError, r'`valid`.*got \(3,\)'),
         (lambda s, t: gradient_penalty(torch.sin, s[0], t[0]), ShapeError, r'`student_map`.*got \(1, 2, 5\)'),
         (lambda s, t: gradient_penalty(torch.sin, s, t[..., :4]), ShapeError, r'\(2, 1, 2, 5\) and \(2, 1, 2, 4\)'),
         (

@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from mmstructkd.errors import ConfigError, ShapeError
 from mmstructkd.functional.core.reduce import mean_of_sum
-from mmstructkd.functional.core.resize import resize_mask
+from mmstructkd.functional.core.valid import valid_pixels
 
 __all__ = ['TAP_THE_SAME_OUTPUT', 'box_masks', 'check_boxes', 'inside_boxes']
 
@@ -126,14 +126,10 @@ def box_masks(
     input_size = _check_input_size(owner, input_size)
     foreground = _foreground(boxes, (int(size[0]), int(size[1])), input_size)
     outside = foreground == 0
-    if valid is not None:
-        if valid.dim() != 3 or valid.shape[0] != len(boxes):
-            raise ShapeError(
-                f'{owner}: `valid` must have shape (B, H, W) with B = {len(boxes)}, got {tuple(valid.shape)}.'
-            )
-        counts = resize_mask(valid, (foreground.shape[1], foreground.shape[2])).to(foreground.device)
-        foreground = torch.where(counts, foreground, 0)
-        outside = outside & counts
+    valid_mask = valid_pixels(owner, foreground[:, None], valid=valid)
+    if valid_mask is not None:
+        foreground = torch.where(valid_mask, foreground, 0)
+        outside = outside & valid_mask
     number = outside.sum(dim=(1, 2), keepdim=True)
     return foreground, mean_of_sum(outside.to(foreground.dtype), number)
 

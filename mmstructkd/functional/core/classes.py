@@ -20,14 +20,14 @@ _LOWEST = -1e15
 
 
 def position_distributions(
-    scores: Tensor, temperature: float | Tensor, counts: Tensor | None, dim: int
+    scores: Tensor, temperature: float | Tensor, valid_mask: Tensor | None, dim: int
 ) -> tuple[Tensor, Tensor]:
     """Probabilities along ``dim`` and their logarithms; both 0 where nothing counts."""
-    log = once(log_of_positions, scores, temperature, counts, dim).clamp(min=_LOWEST)
+    log = once(log_of_positions, scores, temperature, valid_mask, dim).clamp(min=_LOWEST)
     probability = log.exp()
-    if counts is None:
+    if valid_mask is None:
         return probability, log
-    return torch.where(counts, probability, 0), torch.where(counts, log, 0)
+    return torch.where(valid_mask, probability, 0), torch.where(valid_mask, log, 0)
 
 
 def present_classes(labels: Tensor, num_classes: int, *, valid: Tensor | None = None) -> Tensor:

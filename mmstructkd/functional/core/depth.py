@@ -22,8 +22,9 @@ from mmstructkd.errors import (
     is_count,
 )
 from mmstructkd.functional.core.precision import full_precision
-from mmstructkd.functional.core.reduce import mean_of_sum, valid_pixels
+from mmstructkd.functional.core.reduce import mean_of_sum
 from mmstructkd.functional.core.sampling import draw_positions
+from mmstructkd.functional.core.valid import valid_pixels
 
 __all__ = [
     'align_to_teacher',
@@ -131,15 +132,15 @@ def prepare_depths(
     student = _as_map(owner, names[0], student)
     teacher = _as_map(owner, names[1], teacher).detach()
     check_same(owner, student, teacher, (0, 1, 2), 'B, H and W', _WAY_OUT)
-    counts = depth_readings(teacher)
+    valid_mask = depth_readings(teacher)
     given = valid_pixels(owner, student[:, None], valid=valid)
     if given is not None:
-        counts = counts & given
+        valid_mask = valid_mask & given
     # Before any arithmetic, so that whatever stands where nothing counts, NaN included, goes nowhere.
-    student = torch.where(counts, student, 1)
+    student = torch.where(valid_mask, student, 1)
     # A network that overflows must show: cut off, its infinity would be a place far away.
     student = torch.where(student.isinf(), torch.nan, student.clamp(-_FARTHEST, _FARTHEST))
-    return student, torch.where(counts, teacher, 1).clamp(max=_FARTHEST), counts
+    return student, torch.where(valid_mask, teacher, 1).clamp(max=_FARTHEST), valid_mask
 
 
 def log_depth(depth: Tensor, eps: float) -> Tensor:
@@ -147,18 +148,18 @@ def log_depth(depth: Tensor, eps: float) -> Tensor:
     return depth.clamp(min=eps).log() + (depth.clamp(max=eps) - eps) / eps
 
 
-def mean_of_each_image(values: Tensor, counts: Tensor) -> Tensor:
+def mean_of_each_image(values: Tensor, valid_mask: Tensor) -> Tensor:
     """Mean of each image over what counts, shape (B, 1, 1); 0 where nothing does."""
-    total = torch.where(counts, values, 0).sum(dim=(1, 2), keepdim=True)
-    return mean_of_sum(total, counts.sum(dim=(1, 2), keepdim=True))
+    total = torch.where(valid_mask, values, 0).sum(dim=(1, 2), keepdim=True)
+    return mean_of_sum(total, valid_mask.sum(dim=(1, 2), keepdim=True))
 
 
-def align_to_teacher(student: Tensor, teacher: Tensor, counts: Tensor, eps: float) -> Tensor:
+def align_to_teacher(student: Tensor, teacher: Tensor, valid_mask: Tensor, eps: float) -> Tensor:
     """Map the student of each image onto the teacher by least squares, slope and offset; 0 where nothing counts."""
-    mean_s, mean_t = mean_of_each_image(student, counts), mean_of_each_image(teacher, counts)
-    centred_s = torch.where(counts, student - mean_s, 0)
-    covariance = mean_of_each_image(centred_s * (teacher - mean_t), counts)
-    slope = covariance / mean_of_each_image(centred_s**2, counts).clamp(min=eps**2)
+    mean_s, mean_t = mean_of_each_image(student, valid_mask), mean_of_each_image(teacher, valid_mask)
+    centred_s = torch.where(valid_mask, student - mean_s, 0)
+    covariance = mean_of_each_image(centred_s * (teacher - mean_t), valid_mask)
+    slope = covariance / mean_of_each_image(centred_s**2, valid_mask).clamp(min=eps**2)
     return slope * centred_s + mean_t
 
 
@@ -231,11 +232,11 @@ def normalize_depth(
     check_positive(owner, 'eps', eps)
     check_flag(owner, 'log', log)
     shape = depth.shape
-    depth, reference, counts = prepare_depths(owner, depth, reference, valid, ('depth', 'reference'))
+    depth, reference, valid_mask = prepare_depths(owner, depth, reference, valid, ('depth', 'reference'))
     if log:
         depth, reference = log_depth(depth, eps), log_depth(reference, eps)
-    most = reference.masked_fill(~counts, -torch.inf).flatten(1).amax(dim=1)
-    least = reference.masked_fill(~counts, torch.inf).flatten(1).amin(dim=1)
+    most = reference.masked_fill(~valid_mask, -torch.inf).flatten(1).amax(dim=1)
+    least = reference.masked_fill(~valid_mask, torch.inf).flatten(1).amin(dim=1)
     spread = (most - least).clamp(min=eps)[:, None, None]
-    centred = depth - mean_of_each_image(reference, counts)
-    return torch.where(counts, centred / spread, 0).view(shape)
+    centred = depth - mean_of_each_image(reference, valid_mask)
+    return torch.where(valid_mask, centred / spread, 0).view(shape)

@@ -12,7 +12,7 @@ from mmstructkd.errors import check_ndim, check_same
 from mmstructkd.functional.core.reduce import masked_mean
 from mmstructkd.functional.core.resize import RESIZE_OR_CONNECT
 
-__all__ = ['REDUCTIONS', 'check_same_features', 'mean_over_images', 'smallest_normal', 'zero_elsewhere']
+__all__ = ['REDUCTIONS', 'check_same_features', 'mean_over_images', 'smallest_normal']
 
 REDUCTIONS = ('mean', 'sum')
 
@@ -24,16 +24,11 @@ def check_same_features(owner: str, student: Tensor, teacher: Tensor) -> None:
     check_same(owner, student, teacher, (0, 1, 2, 3), 'B, D, H and W', RESIZE_OR_CONNECT)
 
 
-def zero_elsewhere(features: Tensor, counts: Tensor | None) -> Tensor:
-    """Blank what does not count, first of all: whatever stands there, NaN included, goes nowhere."""
-    return features if counts is None else torch.where(counts[:, None], features, 0)
-
-
 def smallest_normal(*tensors: Tensor) -> float:
     """The smallest normal number of the coarsest dtype: in half precision, what lies below has lost its digits."""
     return max(float(torch.finfo(t.dtype).tiny) for t in tensors)
 
 
-def mean_over_images(per_image: Tensor, counts: Tensor | None) -> Tensor:
+def mean_over_images(per_image: Tensor, valid_mask: Tensor | None) -> Tensor:
     """Mean of (B,) over the images with a position that counts."""
-    return masked_mean(per_image, None if counts is None else counts.flatten(1).any(dim=1))
+    return masked_mean(per_image, None if valid_mask is None else valid_mask.flatten(1).any(dim=1))

@@ -15,8 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from mmstructkd.errors import MAX_SIDE, ConfigError, ShapeError, check_ndim, is_count
 from mmstructkd.functional.core.pooling import check_kernel_size, pool_patches
 from mmstructkd.functional.core.precision import exact_matmul, full_precision
-from mmstructkd.functional.core.reduce import valid_pixels
 from mmstructkd.functional.core.softening import kl_along
+from mmstructkd.functional.core.valid import valid_entries, valid_pixels, zero_elsewhere
 
 __all__ = [
     'as_sets',
@@ -146,14 +146,14 @@ def cell_nodes(features: Tensor, grid: tuple[int, int], valid: Tensor | None = N
         tensor([2., 6.])
     """
     check_ndim('cell_nodes', 'features', features, 4, '(B, D, H, W)')
-    counts = valid_pixels('cell_nodes', features, valid=valid)
+    valid_mask = valid_pixels('cell_nodes', features, valid=valid)
     size = (min(grid[0], features.shape[2]), min(grid[1], features.shape[3]))
-    if counts is None:
+    if valid_mask is None:
         pooled = torch_functional.adaptive_avg_pool2d(features * _RANGE, size) / _RANGE
         return pooled.flatten(2).transpose(1, 2), None
     # Before anything else, so that whatever stands where nothing counts, NaN included, goes nowhere.
-    features = torch.where(counts[:, None], features, 0)
-    share = torch_functional.adaptive_avg_pool2d(counts[:, None].to(features.dtype), size)
+    features = zero_elsewhere(features, valid_mask)
+    share = torch_functional.adaptive_avg_pool2d(valid_mask[:, None].to(features.dtype), size)
     some = share > 0
     pooled = torch_functional.adaptive_avg_pool2d(features * _RANGE, size) / torch.where(some, share, 1) / _RANGE
     return pooled.flatten(2).transpose(1, 2), some.flatten(1)
@@ -263,34 +263,28 @@ def as_sets(owner: str, student: Tensor, teacher: Tensor, valid: Tensor | None) 
             f'{owner}: `student` and `teacher` must share the nodes, '
             f'got {tuple(student.shape)} and {tuple(teacher.shape)}. Only widths may differ.'
         )
-    counts = None
+    valid_mask = None
     if student.dim() == 4:
         pixels = valid_pixels(owner, student, valid=valid)
         if pixels is not None:
-            student = torch.where(pixels[:, None], student, 0)
-            teacher = torch.where(pixels[:, None], teacher, 0)
-            counts = pixels.flatten(1).any(dim=1)[None]
-        return student.flatten(1)[None], teacher.flatten(1)[None], counts
+            student = zero_elsewhere(student, pixels)
+            teacher = zero_elsewhere(teacher, pixels)
+            valid_mask = pixels.flatten(1).any(dim=1)[None]
+        return student.flatten(1)[None], teacher.flatten(1)[None], valid_mask
+    if valid is not None:
+        valid_mask = valid_entries(owner, student.shape[:-1], valid, like=student)
     if student.dim() == 2:
         student, teacher = student[None], teacher[None]
-        counts = None if valid is None else valid[None]
-    else:
-        counts = valid
-    if counts is not None:
-        if counts.shape != student.shape[:2] or counts.dtype != torch.bool:
-            raise ShapeError(
-                f'{owner}: `valid` must be boolean, one entry a node, got {tuple(counts.shape)} of {counts.dtype} '
-                f'for nodes {tuple(student.shape)}.'
-            )
-        counts = counts.to(student.device)
-        student = torch.where(counts[..., None], student, 0)
-        teacher = torch.where(counts[..., None], teacher, 0)
-    return student, teacher, counts
+        valid_mask = None if valid_mask is None else valid_mask[None]
+    if valid_mask is not None:
+        student = torch.where(valid_mask[..., None], student, 0)
+        teacher = torch.where(valid_mask[..., None], teacher, 0)
+    return student, teacher, valid_mask
 
 
-def pairs_of(counts: Tensor | None) -> Tensor | None:
+def pairs_of(valid_mask: Tensor | None) -> Tensor | None:
     """Ordered pairs of nodes that count, (G, n, n), from the nodes that do."""
-    return None if counts is None else counts[:, :, None] & counts[:, None, :]
+    return None if valid_mask is None else valid_mask[:, :, None] & valid_mask[:, None, :]
 
 
 def check_grid(owner: str, grid: int | Sequence[int]) -> tuple[int, int]:

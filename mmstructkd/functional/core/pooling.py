@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mmstructkd.errors import MAX_SIDE, ConfigError, is_count
 from mmstructkd.functional.core.precision import full_precision
+from mmstructkd.functional.core.valid import zero_elsewhere
 
 __all__ = ['POOLS', 'check_kernel_size', 'pool_patches']
 
@@ -34,9 +35,8 @@ def pool_patches(
     features: Tensor, kernel: tuple[int, int], pool: str, valid: Tensor | None, wide_range: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Pool ``features`` (B, D, H, W) in ceil mode over positions that count; return nodes and which count."""
-    if valid is not None:
-        # Before anything else, so that whatever stands where nothing counts, NaN included, goes nowhere.
-        features = torch.where(valid[:, None], features, 0)
+    # Before anything else, so that whatever stands where nothing counts, NaN included, goes nowhere.
+    features = zero_elsewhere(features, valid)
     if kernel == (1, 1):
         return features, valid
     if valid is None:

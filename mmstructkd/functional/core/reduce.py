@@ -8,11 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mmstructkd.errors import ConfigError, ShapeError
-from mmstructkd.functional.core.resize import resize_labels, resize_mask
-from mmstructkd.functional.core.sharing import once
-
-__all__ = ['masked_mean', 'mean_of_sum', 'nan_unless_finite', 'valid_pixels']
+__all__ = ['masked_mean', 'mean_of_sum', 'nan_unless_finite']
 
 
 def mean_of_sum(total: Tensor, count: Tensor | int) -> Tensor:
@@ -83,53 +79,3 @@ def nan_unless_finite(values: Tensor, valid: Tensor | None = None) -> Tensor:
     """
     nothing = 0 * values.detach()
     return (nothing if valid is None else torch.where(valid, nothing, 0)).sum()
-
-
-def valid_pixels(
-    owner: str,
-    reference: Tensor,
-    *,
-    labels: Tensor | None = None,
-    ignore_index: int = 255,
-    valid: Tensor | None = None,
-) -> Tensor | None:
-    """Return which pixels (or rows) of ``reference`` count, from labels and a mask.
-
-    Args:
-        owner: who asks, for messages.
-        reference: a map, shape (B, C, H, W), or rows, shape (M, C).
-        labels: integer classes, shape (B, h, w), brought to H x W by nearest;
-            for rows (M,).
-        ignore_index: the label that does not count.
-        valid: bool, shape (B, h, w), brought to H x W by nearest; for rows (M,).
-
-    Returns:
-        Bool, shape (B, H, W) or (M,), on the device of ``reference``; ``None``:
-        all count.
-
-    Raises:
-        ShapeError: ``labels`` or ``valid`` is no map of B images, or not of M rows.
-        ConfigError: ``valid`` is not boolean.
-
-    Example:
-        >>> valid_pixels('doc', torch.zeros(1, 3, 1, 2), labels=torch.tensor([[[0, 255]]]))
-        tensor([[[ True, False]]])
-    """
-    rows = reference.dim() == 2
-    number = reference.shape[0]
-    out = None
-    for name, given in (('labels', labels), ('valid', valid)):
-        if given is None:
-            continue
-        if given.dim() != (1 if rows else 3) or given.shape[0] != number:
-            layout = f'(M,) with M = {number}' if rows else f'(B, H, W) with B = {number}'
-            way_out = '' if rows else ' Drop a channel axis with squeeze(1).'
-            raise ShapeError(f'{owner}: `{name}` must have shape {layout}, got {tuple(given.shape)}.{way_out}')
-        if rows and name == 'valid' and given.dtype != torch.bool:
-            raise ConfigError(f'{owner}: `valid` must be boolean, got {given.dtype}. Compare it first, e.g. mask > 0.')
-        if not rows:
-            size = (reference.shape[-2], reference.shape[-1])
-            given = once(resize_labels if name == 'labels' else resize_mask, given, size)
-        mask = (given != ignore_index if name == 'labels' else given).to(reference.device)
-        out = mask if out is None else out & mask
-    return out

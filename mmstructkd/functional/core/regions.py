@@ -12,23 +12,9 @@ from torch import Tensor
 
 from mmstructkd.errors import ShapeError, check_ndim, check_positive
 from mmstructkd.functional.core.precision import exact_matmul, full_precision
-from mmstructkd.functional.core.reduce import valid_pixels
-from mmstructkd.functional.core.resize import resize_labels
+from mmstructkd.functional.core.valid import labelled_pixels, valid_pixels, zero_elsewhere
 
-__all__ = ['box_average', 'centers_of_classes', 'class_centers', 'classes_on_grid']
-
-
-def classes_on_grid(
-    owner: str, features: Tensor, labels: Tensor, num_classes: int, ignore_index: int, valid: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Classes on the map's grid, 0 where none counts, and where one does; both (B, H, W)."""
-    check_positive(owner, 'num_classes', num_classes)
-    counts = valid_pixels(owner, features, labels=labels, ignore_index=ignore_index, valid=valid)
-    size = (features.shape[2], features.shape[3])
-    classes = resize_labels(labels, size).to(features.device)
-    inside = (classes >= 0) & (classes < num_classes)
-    inside = inside if counts is None else inside & counts
-    return torch.where(inside, classes, 0).long(), inside
+__all__ = ['box_average', 'centers_of_classes', 'class_centers']
 
 
 def centers_of_classes(features: Tensor, classes: Tensor, inside: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
@@ -78,9 +64,12 @@ def class_centers(
     """
     owner = 'class_centers'
     check_ndim(owner, 'features', features, 4, '(B, D, H, W)')
-    classes, inside = classes_on_grid(owner, features, labels, num_classes, ignore_index, valid)
+    check_positive(owner, 'num_classes', num_classes)
+    classes, inside = labelled_pixels(
+        owner, features, labels, num_classes=num_classes, ignore_index=ignore_index, valid=valid
+    )
     # Before the product, so that whatever stands where nothing counts, NaN included, goes nowhere.
-    features = torch.where(inside[:, None], features, 0)
+    features = zero_elsewhere(features, inside)
     return centers_of_classes(features.flatten(2), classes, inside, num_classes)
 
 
@@ -129,18 +118,17 @@ def box_average(
             f'{owner}: `boxes` must hold one tensor (n, 4) an image for {features.shape[0]} images, '
             f'got {[tuple(b.shape) for b in boxes]}.'
         )
-    counts = valid_pixels(owner, features, valid=valid)
-    if counts is not None:
-        features = torch.where(counts[:, None], features, 0)
+    valid_mask = valid_pixels(owner, features, valid=valid)
+    features = zero_elsewhere(features, valid_mask)
     averages, covered = [], []
     for b, some in enumerate(boxes):
         corners = some.to(features)
         rows = _coverage(corners[:, 1], corners[:, 3], features.shape[2], input_size[0])
         columns = _coverage(corners[:, 0], corners[:, 2], features.shape[3], input_size[1])
-        if counts is None:
+        if valid_mask is None:
             area = rows.sum(dim=1) * columns.sum(dim=1)
         else:
-            area = torch.einsum('nh,hw,nw->n', rows, counts[b].to(features.dtype), columns)
+            area = torch.einsum('nh,hw,nw->n', rows, valid_mask[b].to(features.dtype), columns)
         rows = rows / torch.where(area > 0, area, 1)[:, None]
         averages.append(torch.einsum('nh,dhw,nw->nd', rows, features[b], columns))
         covered.append(area > 0)

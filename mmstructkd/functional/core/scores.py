@@ -14,11 +14,10 @@ from torch import Tensor
 from mmstructkd.errors import ConfigError, ShapeError, check_ndim, check_same, is_count
 from mmstructkd.functional.core.binary import as_two_classes, two_class_logits, two_classes
 from mmstructkd.functional.core.precision import full_precision
-from mmstructkd.functional.core.reduce import valid_pixels
-from mmstructkd.functional.core.resize import resize_labels
 from mmstructkd.functional.core.softening import LOWEST, log_of_classes
+from mmstructkd.functional.core.valid import labelled_pixels, zero_elsewhere
 
-__all__ = ['class_index', 'class_scores', 'label_losses', 'map_logits', 'zero_where_ignored']
+__all__ = ['class_scores', 'label_losses', 'map_logits']
 
 _WAY_OUT = 'Resize the teacher with resize_map, or map its classes with map_logits.'
 
@@ -31,29 +30,6 @@ def class_scores(owner: str, student: Tensor, teacher: Tensor) -> tuple[Tensor, 
     axes, names = (range(4), 'B, C, H and W') if student.dim() == 4 else (range(2), 'M and C')
     check_same(owner, student, teacher, axes, names, _WAY_OUT)
     return student, teacher
-
-
-def zero_where_ignored(counts: Tensor | None, *scores: Tensor) -> list[Tensor]:
-    """Put 0 where a pixel does not count, so that whatever stands there, NaN included, goes nowhere."""
-    if counts is None:
-        return list(scores)
-    return [torch.where(counts.unsqueeze(1), s, 0) for s in scores]
-
-
-def class_index(
-    owner: str, reference: Tensor, labels: Tensor, ignore_index: int, valid: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Labels of each pixel or row as an index of the class axis, and which count.
-
-    A label outside the classes does not count: as an index it would be an error of the device.
-    """
-    counts = valid_pixels(owner, reference, labels=labels, ignore_index=ignore_index, valid=valid)
-    assert counts is not None
-    if reference.dim() == 4:
-        labels = resize_labels(labels, (reference.shape[2], reference.shape[3]))
-    labels = labels.to(reference.device, torch.int64)
-    counts = counts & (labels >= 0) & (labels < reference.shape[1])
-    return torch.where(counts, labels, 0), counts
 
 
 @full_precision
@@ -147,7 +123,9 @@ def label_losses(
     """
     check_ndim(owner, 'scores', scores, (2, 4), '(B, C, H, W) or (M, C)')
     scores = two_classes(scores)
-    index, counts = class_index(owner, scores, labels, ignore_index, valid)
-    (scores,) = zero_where_ignored(counts, scores)
+    index, valid_mask = labelled_pixels(
+        owner, scores, labels, num_classes=scores.shape[1], ignore_index=ignore_index, valid=valid
+    )
+    scores = zero_elsewhere(scores, valid_mask)
     own = log_of_classes(scores, 1.0).clamp(min=LOWEST).gather(1, index.unsqueeze(1)).squeeze(1)
-    return torch.where(counts, -own, 0), counts
+    return torch.where(valid_mask, -own, 0), valid_mask

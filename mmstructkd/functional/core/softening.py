@@ -11,6 +11,7 @@ from torch import Tensor
 from mmstructkd.errors import ShapeError, check_finite_number, check_positive
 from mmstructkd.functional.core.precision import full_precision
 from mmstructkd.functional.core.sharing import once
+from mmstructkd.functional.core.valid import zero_elsewhere
 
 __all__ = [
     'LOWEST',
@@ -95,13 +96,13 @@ def log_of_classes(logits: Tensor, temperature: float | Tensor) -> Tensor:
     return torch.log_softmax(divided(logits, temperature), dim=1)
 
 
-def teacher_log_of_classes(logits: Tensor, temperature: float | Tensor, counts: Tensor | None) -> Tensor:
+def teacher_log_of_classes(logits: Tensor, temperature: float | Tensor, valid_mask: Tensor | None) -> Tensor:
     """:func:`log_of_classes` of the teacher, once a step for all losses that ask.
 
     Args:
         logits: shape (B, C, H, W) or (M, C). Detached here.
         temperature: what they are divided by.
-        counts: positions that count, bool, shape (B, H, W) or (M,). ``None``: all.
+        valid_mask: positions that count, bool, shape (B, H, W) or (M,). ``None``: all.
 
     Returns:
         Same shape; 0 where a position does not count, whatever stands there.
@@ -111,22 +112,22 @@ def teacher_log_of_classes(logits: Tensor, temperature: float | Tensor, counts: 
         tensor([[0., 0.]])
     """
     logits = logits.detach()
-    if counts is None:
+    if valid_mask is None:
         return once(log_of_classes, logits, temperature)
     if isinstance(temperature, Tensor):
         # NaN at an ignored position must not reach the temperature's gradient.
-        logits = torch.where(counts.unsqueeze(1), logits, 0)
+        logits = zero_elsewhere(logits, valid_mask)
     # Masked afterwards: other losses may count other positions.
-    return torch.where(counts.unsqueeze(1), once(log_of_classes, logits, temperature), 0)
+    return zero_elsewhere(once(log_of_classes, logits, temperature), valid_mask)
 
 
-def log_of_positions(scores: Tensor, temperature: float | Tensor, counts: Tensor | None, dim: int = -1) -> Tensor:
+def log_of_positions(scores: Tensor, temperature: float | Tensor, valid_mask: Tensor | None, dim: int = -1) -> Tensor:
     """Log-probabilities of the positions of each channel.
 
     Args:
         scores: shape (B, C, ...).
         temperature: what they are divided by.
-        counts: positions that count, bool, shape (B, 1, ...). ``None``: all.
+        valid_mask: positions that count, bool, shape (B, 1, ...). ``None``: all.
         dim: axis of the positions.
 
     Returns:
@@ -137,14 +138,14 @@ def log_of_positions(scores: Tensor, temperature: float | Tensor, counts: Tensor
         >>> log_of_positions(torch.zeros(1, 1, 2), 4.0, torch.tensor([[[True, False]]])).exp()
         tensor([[[1., 0.]]])
     """
-    if counts is not None and isinstance(temperature, Tensor):
+    if valid_mask is not None and isinstance(temperature, Tensor):
         # What stands at an ignored position must not reach the temperature's gradient either.
-        scores = torch.where(counts, scores, 0)
+        scores = torch.where(valid_mask, scores, 0)
     scaled = divided(scores, temperature)
-    if counts is not None:
+    if valid_mask is not None:
         # The lowest finite number, not minus infinity: an image without any position that counts must
         # stay free of NaN, also in its gradient.
-        scaled = torch.where(counts, scaled, torch.finfo(scaled.dtype).min)
+        scaled = torch.where(valid_mask, scaled, torch.finfo(scaled.dtype).min)
     return torch.log_softmax(scaled, dim=dim)
 
 

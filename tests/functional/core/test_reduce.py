@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from mmstructkd.errors import ConfigError, ShapeError
-from mmstructkd.functional.core.reduce import masked_mean, mean_of_sum, valid_pixels
+from mmstructkd.functional.core.reduce import masked_mean, mean_of_sum
+from mmstructkd.functional.core.valid import valid_pixels
 from tests.reference import divergence as reference
 
 
