@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from mmstructkd.functional.adversarial import adversarial_loss, critic_loss
+from mmstructkd.functional.holistic import adversarial_loss, critic_loss
 from tests.golden import case_names, learner, load
 
 MODES = {'wgan-gp': 'wgan', 'hinge': 'hinge'}

@@ -10,7 +10,7 @@ import fnmatch
 import torch
 
 from mmstructkd import functional as F
-from mmstructkd.functional.cross_entropy import label_losses
+from mmstructkd.functional.core.scores import label_losses
 from tests import golden
 from tests.golden import case_names
 from tests.reference import refinement

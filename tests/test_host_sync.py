@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import mmstructkd.functional.affinity
+import mmstructkd.functional.pairwise_affinity
 from mmstructkd.registry import MODELS
 from mmstructkd.structures import Targets
 from mmstructkd.testing import toy_batch, toy_distiller, toy_segmentor
@@ -90,7 +90,7 @@ class Watch(TorchDispatchMode):
 
 @pytest.fixture(autouse=True)
 def as_on_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mmstructkd.functional.affinity, '_looks_are_free', lambda tensor: False)
+    monkeypatch.setattr(mmstructkd.functional.pairwise_affinity, '_looks_are_free', lambda tensor: False)
 
 
 @pytest.mark.parametrize('labelled', [False, True], ids=['plain', 'labelled'])
@@ -113,7 +113,9 @@ def test_losses_do_not_wait(name: str, labelled: bool) -> None:
 def test_a_wide_closed_form_does_not_wait() -> None:
     student, teacher = torch.randn(1, 80, 12, 24, requires_grad=True), torch.randn(1, 96, 12, 24)
     with Watch() as watch:
-        mmstructkd.functional.affinity.pairwise_affinity_loss(student, teacher, kernel_size=1, form='closed').backward()
+        mmstructkd.functional.pairwise_affinity.pairwise_affinity_loss(
+            student, teacher, kernel_size=1, form='closed'
+        ).backward()
     assert not watch.own
     assert student.grad.any()
 

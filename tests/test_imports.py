@@ -241,6 +241,63 @@ def test_reasons_for_local_imports_are_still_needed():
         assert reason
 
 
+#: Registered losses without a file of the same stem in `functional/`, each with its reason.
+COMPOSED = {
+    'masked_generation': 'a connector rebuilds the masked feature, and feature_mse_loss compares it',
+}
+#: Objectives that are written in terms of whole losses: they may import these, and no other file beside them.
+BUILT_ON = {
+    'blending': {'pixelwise_kl'},
+    'local_learning': {'attention_transfer', 'feature_mse'},
+    'mutual_kl': {'pixelwise_kl'},
+}
+
+
+def loss_modules() -> dict[str, str]:
+    """Name the module of each registered loss, read from the decorators: no mm package is needed for it."""
+    found = {}
+    for path in sorted((PACKAGE / 'losses').glob('*.py')):
+        for node in ast.parse(path.read_text(encoding='utf-8')).body:
+            if isinstance(node, ast.ClassDef) and any('register_module' in ast.unparse(d) for d in node.decorator_list):
+                found[node.name] = path.stem
+    return found
+
+
+@pytest.mark.parametrize(('name', 'stem'), sorted(loss_modules().items()))
+def test_the_mathematics_of_a_loss_has_the_file_name_of_its_class(name, stem):
+    file = PACKAGE / 'functional' / f'{stem}.py'
+    if stem in COMPOSED:
+        assert not file.exists(), f'{name} has a file of its own now: take it off COMPOSED'
+        return
+    assert file.exists(), f'{name}: put its mathematics into functional/{stem}.py, or give the reason in COMPOSED'
+    shell = ast.parse((PACKAGE / 'losses' / f'{stem}.py').read_text(encoding='utf-8'))
+    used = imported_modules(shell, PACKAGE / 'losses' / f'{stem}.py')
+    assert f'mmstructkd.functional.{stem}' in used, f'{name} does not use functional/{stem}.py'
+
+
+def test_every_loss_is_seen():
+    stems = set(loss_modules().values())
+    assert {'pixelwise_kl', 'holistic', 'virtual_normal', 'localization_kl'} <= stems
+    assert set(COMPOSED) <= stems
+
+
+@pytest.mark.parametrize('path', sorted((PACKAGE / 'functional').glob('[!_]*.py')), ids=lambda path: path.stem)
+def test_files_of_functional_import_only_its_core(path):
+    used = {
+        name.split('.')[2]
+        for name in imported_modules(ast.parse(path.read_text(encoding='utf-8')), path)
+        if name.startswith('mmstructkd.functional.')
+    }
+    assert used - {'core'} == BUILT_ON.get(path.stem, set()), f'{path.stem}: what two files share belongs into core'
+
+
+@pytest.mark.parametrize('path', sorted((PACKAGE / 'functional' / 'core').glob('*.py')), ids=lambda path: path.stem)
+def test_the_core_of_functional_knows_no_loss(path):
+    used = imported_modules(ast.parse(path.read_text(encoding='utf-8')), path)
+    own = {name for name in used if name == 'mmstructkd' or name.startswith('mmstructkd.functional')}
+    assert all(name.startswith('mmstructkd.functional.core.') for name in own)
+
+
 def test_nothing_imports_testing():
     for path in MODULES:
         if layer_of(path) != 'testing':

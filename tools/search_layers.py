@@ -43,8 +43,8 @@ from mmstructkd import compat
 from mmstructkd.connectors import build_connector
 from mmstructkd.distillers import StructuredDistiller
 from mmstructkd.errors import ConfigError, check_finite_number, check_positive, suggest
+from mmstructkd.functional.core.resize import resize_map
 from mmstructkd.functional.layer_bridge import bridge_loss, mix_layers
-from mmstructkd.functional.resize import resize_map
 from mmstructkd.optimizers import check_optimizer
 from mmstructkd.registry import MODELS
 from mmstructkd.running import one_line_errors, read_config

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from mmstructkd.connectors.base import Connector, check_input, check_widths
 from mmstructkd.connectors.conv import ConvConnector
 from mmstructkd.errors import ConfigError, ShapeError, check_finite_number, check_ndim
-from mmstructkd.functional.precision import promote
-from mmstructkd.functional.resize import resize_map
+from mmstructkd.functional.core.precision import promote
+from mmstructkd.functional.core.resize import resize_map
 from mmstructkd.registry import MODELS
 
 __all__ = ['LayerMixConnector']

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from mmstructkd.connectors.base import Connector, check_width, check_widths
 from mmstructkd.errors import ConfigError, check_count, check_ndim, check_one_of
-from mmstructkd.functional.affinity import POOLS, check_kernel_size
-from mmstructkd.functional.resize import resize_map
+from mmstructkd.functional.core.pooling import POOLS, check_kernel_size
+from mmstructkd.functional.core.resize import resize_map
 from mmstructkd.registry import MODELS
 
 __all__ = ['PoolConnector']

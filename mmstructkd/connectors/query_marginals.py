@@ -8,8 +8,8 @@ from torch import Tensor
 
 from mmstructkd.connectors.base import Connector, check_widths
 from mmstructkd.errors import ShapeError, check_flag, check_ndim, check_one_of, check_positive
+from mmstructkd.functional.core.resize import resize_map
 from mmstructkd.functional.query_marginals import RULES, pool_probabilities, query_marginals
-from mmstructkd.functional.resize import resize_map
 from mmstructkd.registry import MODELS
 
 __all__ = ['QueryMarginals']

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mmstructkd.connectors.base import Connector, check_widths
 from mmstructkd.errors import check_ndim, check_positive
-from mmstructkd.functional.precision import full_precision
+from mmstructkd.functional.core.precision import full_precision
 from mmstructkd.registry import MODELS
 
 __all__ = ['StandardizeConnector']

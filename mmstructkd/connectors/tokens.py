@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mmstructkd.connectors.base import MAX_WIDTH, Connector, check_width, check_widths
 from mmstructkd.errors import ConfigError, ShapeError, check_count, check_ndim
-from mmstructkd.functional.resize import resize_map
+from mmstructkd.functional.core.resize import resize_map
 from mmstructkd.registry import MODELS
 
 __all__ = ['MapToTokensConnector', 'TokensToMapConnector', 'grid_of']

@@ -32,7 +32,7 @@ from mmstructkd.distillers.probing import (
 from mmstructkd.distillers.stages import Stage, compile_terms, freeze_statistics, parse_stages, stage_at
 from mmstructkd.distillers.step_record import Fault, StepRecord, explain
 from mmstructkd.errors import CheckpointError, ConfigError, TapError, check_finite_number, shown
-from mmstructkd.functional.sharing import sharing
+from mmstructkd.functional.core.sharing import sharing
 from mmstructkd.optim import for_distiller
 from mmstructkd.registry import HOOKS, MODELS, build_part
 from mmstructkd.resuming import prepare_to_resume

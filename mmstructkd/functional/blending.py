@@ -8,19 +8,19 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from mmstructkd.errors import ConfigError, ShapeError, check_finite_number, check_ndim, check_same
-from mmstructkd.functional.cross_entropy import label_losses, two_classes
-from mmstructkd.functional.divergence import pixelwise_kl_loss
-from mmstructkd.functional.precision import full_precision
-from mmstructkd.functional.reduce import masked_mean, valid_pixels
+from mmstructkd.functional.core.binary import two_classes
+from mmstructkd.functional.core.precision import full_precision
+from mmstructkd.functional.core.reduce import masked_mean
+from mmstructkd.functional.core.scores import label_losses
+from mmstructkd.functional.core.valid import valid_pixels, zero_elsewhere
+from mmstructkd.functional.pixelwise_kl import pixelwise_kl_loss
 
 __all__ = ['BlendedKL', 'blend', 'blended_cross_entropy_loss', 'blended_feature_loss', 'blended_kl_losses']
 
 Share = float | Tensor
-
 _WAY_OUT = 'Both are of one network: tap the same place.'
 
 
@@ -63,6 +63,7 @@ def blend(values: Tensor, *, index: Tensor, share: Share) -> Tensor:
         ConfigError: ``share`` is a number outside [0, 1].
 
     Example:
+        >>> import torch
         >>> blend(torch.tensor([[0.0], [4.0]]), index=torch.tensor([1, 0]), share=0.75)
         tensor([[1.],
                 [3.]])
@@ -118,6 +119,7 @@ def blended_cross_entropy_loss(
         ConfigError: ``share`` is a number outside [0, 1].
 
     Example:
+        >>> import torch
         >>> z = torch.tensor([[0.0, 1.0], [0.0, 0.0]])
         >>> labels, index = torch.tensor([1, 0]), torch.tensor([1, 0])
         >>> round(blended_cross_entropy_loss(z, labels, index=index, share=1.0).item(), 4)
@@ -128,10 +130,10 @@ def blended_cross_entropy_loss(
     owner = 'blended_cross_entropy_loss'
     check_ndim(owner, 'student', student, (2, 4), '(B, C, H, W) or (B, C)')
     _check_pairs(owner, student.shape[0], index, share)
-    own, counts = label_losses(student, labels, ignore_index=ignore_index, valid=valid, owner=owner)
-    other, counts_too = label_losses(student, labels[index], ignore_index=ignore_index, valid=valid, owner=owner)
+    own, valid_mask = label_losses(student, labels, ignore_index=ignore_index, valid=valid, owner=owner)
+    other, valid_other = label_losses(student, labels[index], ignore_index=ignore_index, valid=valid, owner=owner)
     part = _spread(share, own)
-    return masked_mean(part * own, counts) + masked_mean((1 - part) * other, counts_too)
+    return masked_mean(part * own, valid_mask) + masked_mean((1 - part) * other, valid_other)
 
 
 class BlendedKL(NamedTuple):
@@ -192,6 +194,7 @@ def blended_kl_losses(
             [0, 1].
 
     Example:
+        >>> import torch
         >>> z, index = torch.tensor([[0.0, 2.0], [0.0, 4.0]]), torch.tensor([1, 0])
         >>> losses = blended_kl_losses(torch.tensor([[0.0, 3.0], [0.0, 3.0]]), z, index=index, share=0.5)
         >>> [loss.item() for loss in losses]
@@ -207,13 +210,13 @@ def blended_kl_losses(
         )
     _check_pairs(owner, mixed.shape[0], index, share)
     mixed, plain = two_classes(mixed), two_classes(plain)
-    counts = valid_pixels(owner, mixed, valid=valid)
-    if counts is not None:
-        counts = counts & counts[index]
+    valid_mask = valid_pixels(owner, mixed, valid=valid)
+    if valid_mask is not None:
+        valid_mask = valid_mask & valid_mask[index]
     blended = blend(plain, index=index, share=share)
     return BlendedKL(
-        blend=pixelwise_kl_loss(blended, mixed, temperature=temperature, valid=counts),
-        mixed=pixelwise_kl_loss(mixed, blended, temperature=temperature, valid=counts),
+        blend=pixelwise_kl_loss(blended, mixed, temperature=temperature, valid=valid_mask),
+        mixed=pixelwise_kl_loss(mixed, blended, temperature=temperature, valid=valid_mask),
     )
 
 
@@ -260,6 +263,7 @@ def blended_feature_loss(
         ConfigError: ``share`` is a number outside [0, 1].
 
     Example:
+        >>> import torch
         >>> f, index = torch.tensor([0.0, 4.0]).view(2, 1, 1, 1), torch.tensor([1, 0])
         >>> blended_feature_loss(f, f, index=index, share=0.75).item()
         1.0
@@ -271,11 +275,11 @@ def blended_feature_loss(
     _check_pairs(owner, student.shape[0], index, share)
     if detach_teacher:
         teacher = teacher.detach()
-    counts = valid_pixels(owner, student, valid=valid)
-    if counts is not None:
+    valid_mask = valid_pixels(owner, student, valid=valid)
+    if valid_mask is not None:
         # Of each part before they are blended: whatever stands where nothing counts, NaN included, goes nowhere.
-        teacher = torch.where(counts[:, None], teacher, 0)
-        counts = counts & counts[index]
-        student = torch.where(counts[:, None], student, 0)
+        teacher = zero_elsewhere(teacher, valid_mask)
+        valid_mask = valid_mask & valid_mask[index]
+        student = zero_elsewhere(student, valid_mask)
     gap = student - blend(teacher, index=index, share=share)
-    return masked_mean(gap.square(), None if counts is None else counts[:, None])
+    return masked_mean(gap.square(), None if valid_mask is None else valid_mask[:, None])

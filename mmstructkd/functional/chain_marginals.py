@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from mmstructkd.errors import ConfigError, ShapeError, check_ndim, check_positive, check_same
-from mmstructkd.functional.precision import full_precision
-from mmstructkd.functional.reduce import masked_mean
+from mmstructkd.functional.core.precision import full_precision
+from mmstructkd.functional.core.reduce import masked_mean
 
 __all__ = ['ChainMarginals', 'chain_cross_entropy_loss', 'chain_marginals']
 

@@ -5,26 +5,25 @@ Shape shorthand: B images, D channels, H x W the grid, n rows, V what counts.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from mmstructkd.errors import check_ndim, check_same
-from mmstructkd.functional.nodes import norm_floor, unit_vectors
-from mmstructkd.functional.precision import full_precision
-from mmstructkd.functional.reduce import masked_mean, valid_pixels
+from mmstructkd.functional.core.nodes import norm_floor, unit_vectors
+from mmstructkd.functional.core.precision import full_precision
+from mmstructkd.functional.core.reduce import masked_mean
+from mmstructkd.functional.core.valid import valid_pixels, zero_elsewhere
 
 __all__ = ['cosine_distance_loss']
 
 
 @full_precision
 def _distance(student: Tensor, teacher: Tensor, floor: float, valid: Tensor | None) -> Tensor:
-    counts = valid_pixels('cosine_distance_loss', student, valid=valid)
-    if counts is not None:
-        # Whatever stands where nothing counts, NaN included, goes nowhere.
-        student, teacher = (torch.where(counts.unsqueeze(1), f, 0) for f in (student, teacher))
+    valid_mask = valid_pixels('cosine_distance_loss', student, valid=valid)
+    # Whatever stands where nothing counts, NaN included, goes nowhere.
+    student, teacher = (zero_elsewhere(f, valid_mask) for f in (student, teacher))
     gap = unit_vectors(student, 1, floor) - unit_vectors(teacher.detach(), 1, floor)
     # |a - b|^2 = 2 - 2 cos(a, b) of unit vectors, exact also where they nearly agree.
-    return masked_mean(gap.square().sum(dim=1), counts)
+    return masked_mean(gap.square().sum(dim=1), valid_mask)
 
 
 def cosine_distance_loss(student: Tensor, teacher: Tensor, *, valid: Tensor | None = None) -> Tensor:
@@ -61,6 +60,7 @@ def cosine_distance_loss(student: Tensor, teacher: Tensor, *, valid: Tensor | No
         ConfigError: ``valid`` is not boolean.
 
     Example:
+        >>> import torch
         >>> x = torch.tensor([[3.0, 4.0]])
         >>> cosine_distance_loss(2 * x, x).item(), round(cosine_distance_loss(-x, x).item(), 4)
         (0.0, 4.0)

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from mmstructkd.errors import ConfigError, ShapeError, check_finite_number, check_ndim, is_count
-from mmstructkd.functional.nodes import norm_floor, unit_vectors
-from mmstructkd.functional.precision import exact_matmul, full_precision
-from mmstructkd.functional.reduce import masked_mean
-from mmstructkd.functional.softening import check_temperature, kl_along
+from mmstructkd.functional.core.nodes import norm_floor, unit_vectors
+from mmstructkd.functional.core.precision import exact_matmul, full_precision
+from mmstructkd.functional.core.reduce import masked_mean
+from mmstructkd.functional.core.softening import check_temperature, kl_along
 
 __all__ = ['cross_view_similarity_loss', 'rows_worth_keeping']
 

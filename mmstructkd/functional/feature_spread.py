@@ -8,9 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mmstructkd.errors import ShapeError, check_finite_number, check_ndim, check_positive
-from mmstructkd.functional.precision import exact_matmul, full_precision
-from mmstructkd.functional.reduce import mean_of_sum
+from mmstructkd.errors import check_finite_number, check_ndim, check_positive
+from mmstructkd.functional.core.precision import exact_matmul, full_precision
+from mmstructkd.functional.core.reduce import mean_of_sum
+from mmstructkd.functional.core.valid import valid_entries, zero_elsewhere
 
 __all__ = ['covariance_loss', 'variance_hinge_loss']
 
@@ -18,18 +19,12 @@ __all__ = ['covariance_loss', 'variance_hinge_loss']
 def _centred(owner: str, features: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
     """Rows less their mean, 0 where they do not count, and how many count."""
     check_ndim(owner, 'features', features, 2, '(n, D)')
-    rows = features.shape[0]
-    if valid is None:
-        valid = torch.ones(rows, dtype=torch.bool, device=features.device)
-    elif tuple(valid.shape) != (rows,) or valid.dtype != torch.bool:
-        raise ShapeError(
-            f'{owner}: `valid` must be boolean of shape ({rows},), got {tuple(valid.shape)} of {valid.dtype}.'
-        )
+    valid = valid_entries(owner, features.shape[:1], valid, like=features)
     number = valid.sum().to(features.dtype)
-    features = torch.where(valid[:, None], features, 0)
+    features = zero_elsewhere(features, valid)
     # Divided before the sum: that of large features may leave the range, their mean does not.
     mean = (features / number.clamp(min=1)).sum(dim=0)
-    return torch.where(valid[:, None], features - mean, 0), number
+    return zero_elsewhere(features - mean, valid), number
 
 
 @full_precision

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from mmstructkd.errors import ShapeError, check_finite_number, check_ndim
-from mmstructkd.functional.precision import full_precision
-from mmstructkd.functional.reduce import masked_mean, valid_pixels
+from mmstructkd.functional.core.precision import full_precision
+from mmstructkd.functional.core.reduce import masked_mean
+from mmstructkd.functional.core.valid import valid_pixels
 
 __all__ = ['bridge_loss', 'mix_layers']
 
@@ -126,11 +127,11 @@ def bridge_loss(
         )
     if task_loss.dim() != 0:
         raise ShapeError(f'{owner}: `task_loss` must be a scalar, got shape {tuple(task_loss.shape)}.')
-    counts = valid_pixels(owner, student, valid=valid)
+    valid_mask = valid_pixels(owner, student, valid=valid)
     layers = [layer.detach() for layer in teacher]
     some = None
-    if counts is not None:
-        some = counts[:, None]
+    if valid_mask is not None:
+        some = valid_mask[:, None]
         # Whatever stands where nothing counts, NaN included, goes nowhere.
         student = torch.where(some, student, 0)
         layers = [torch.where(some, layer, 0) for layer in layers]

@@ -8,8 +8,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from mmstructkd.errors import ConfigError, ShapeError, check_finite_number
-from mmstructkd.functional.softening import scale_gradient
-from mmstructkd.functional.statistics import attention_transfer_loss, feature_mse_loss
+from mmstructkd.functional.attention_transfer import attention_transfer_loss
+from mmstructkd.functional.core.softening import scale_gradient
+from mmstructkd.functional.feature_mse import feature_mse_loss
 
 __all__ = ['gate_gradient', 'local_learning_loss']
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from mmstructkd.errors import ConfigError, ShapeError, check_finite_number, check_ndim, is_count
-from mmstructkd.functional.precision import exact_matmul, full_precision
+from mmstructkd.functional.core.precision import exact_matmul, full_precision
+from mmstructkd.functional.core.valid import valid_entries, zero_elsewhere
 
 __all__ = ['mean_discrepancy_loss']
 
@@ -17,14 +18,8 @@ __all__ = ['mean_discrepancy_loss']
 def _checked(owner: str, name: str, rows: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
     """Rows, 0 where they do not count, and which do."""
     check_ndim(owner, name, rows, 2, '(n, D)')
-    if valid is None:
-        return rows, torch.ones(rows.shape[0], dtype=torch.bool, device=rows.device)
-    if tuple(valid.shape) != (rows.shape[0],) or valid.dtype != torch.bool:
-        raise ShapeError(
-            f'{owner}: `{name}_valid` must be boolean of shape ({rows.shape[0]},), '
-            f'got {tuple(valid.shape)} of {valid.dtype}.'
-        )
-    return torch.where(valid[:, None], rows, 0), valid
+    valid = valid_entries(owner, rows.shape[:1], valid, like=rows, name=f'{name}_valid')
+    return zero_elsewhere(rows, valid), valid
 
 
 @full_precision
@@ -85,22 +80,22 @@ def mean_discrepancy_loss(
     if not is_count(kernels) or kernels < 1:
         raise ConfigError(f'{owner}: `kernels` must be an integer above 0, got {kernels!r}.')
     check_finite_number(owner, 'spread', spread, minimum=1)
-    source, counts_s = _checked(owner, 'source', source, source_valid)
-    target, counts_t = _checked(owner, 'target', target, target_valid)
+    source, valid_s = _checked(owner, 'source', source, source_valid)
+    target, valid_t = _checked(owner, 'target', target, target_valid)
     if source.shape[1] != target.shape[1]:
         raise ShapeError(
             f'{owner}: `source` and `target` must share D, got {tuple(source.shape)} and {tuple(target.shape)}.'
         )
-    rows, counts = torch.cat([source, target]), torch.cat([counts_s, counts_t])
+    rows, valid_mask = torch.cat([source, target]), torch.cat([valid_s, valid_t])
     if rows.numel() == 0:
         return rows.sum()
     # The value is blind to a common shift and scale: centred, and at most 1, distances as a product of
     # matrices keep their digits. Scaled first, for a difference of large numbers may leave the range.
     peak = rows.detach().abs().amax()
     rows = rows / torch.where(peak == 0, 1, peak)
-    number = counts.sum().to(rows.dtype)
+    number = valid_mask.sum().to(rows.dtype)
     center = rows.detach().sum(dim=0) / number.clamp(min=1)
-    rows = torch.where(counts[:, None], rows - center, 0)
+    rows = zero_elsewhere(rows - center, valid_mask)
     peak = rows.detach().abs().amax()
     rows = rows / torch.where(peak == 0, 1, peak)
     squares = rows.square().sum(dim=1)
@@ -112,9 +107,9 @@ def mean_discrepancy_loss(
     width = 2 * squares.detach().sum() / (number - 1).clamp(min=1)
     relative = distance / torch.where(width == 0, 1, width)
     near = torch.stack([torch.exp(-relative / spread ** (q - kernels // 2)) for q in range(kernels)]).sum(dim=0)
-    share_s, share_t = (some.to(rows.dtype) / some.sum().clamp(min=1).to(rows.dtype) for some in (counts_s, counts_t))
+    share_s, share_t = (some.to(rows.dtype) / some.sum().clamp(min=1).to(rows.dtype) for some in (valid_s, valid_t))
     sign = torch.cat([share_s, -share_t])
     with exact_matmul(rows.device.type):
         loss = sign @ (near @ sign)
     # One set alone is no pair of sets.
-    return torch.where(counts_s.any() & counts_t.any(), loss, 0 * loss)
+    return torch.where(valid_s.any() & valid_t.any(), loss, 0 * loss)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from mmstructkd.errors import ShapeError, check_ndim, check_one_of
-from mmstructkd.functional.cross_entropy import two_classes
-from mmstructkd.functional.divergence import pixelwise_kl_loss
+from mmstructkd.functional.core.binary import two_classes
+from mmstructkd.functional.pixelwise_kl import pixelwise_kl_loss
 
 __all__ = ['mutual_kl_losses']
 

@@ -12,9 +12,10 @@ import torch.nn.functional as torch_functional
 from torch import Tensor
 
 from mmstructkd.errors import ShapeError, check_flag, check_ndim
-from mmstructkd.functional.nodes import by_peak, norm_floor, unit_vectors
-from mmstructkd.functional.precision import full_precision
-from mmstructkd.functional.reduce import masked_mean, valid_pixels
+from mmstructkd.functional.core.nodes import by_peak, norm_floor, unit_vectors
+from mmstructkd.functional.core.precision import full_precision
+from mmstructkd.functional.core.reduce import masked_mean
+from mmstructkd.functional.core.valid import valid_pixels, zero_elsewhere
 
 __all__ = ['attention_residuals', 'pixel_similarity_loss']
 
@@ -36,9 +37,8 @@ def _check_maps(owner: str, argument: str, maps: Sequence[Tensor]) -> None:
 @full_precision
 def _attention(features: Tensor, size: tuple[int, int], valid: Tensor | None, floor: float) -> Tensor:
     """Mean of the squares over channels, pooled to ``size``, of length 1; (B, N)."""
-    counts = valid_pixels('attention_residuals', features, valid=valid)
-    if counts is not None:
-        features = torch.where(counts[:, None], features, 0)
+    valid_mask = valid_pixels('attention_residuals', features, valid=valid)
+    features = zero_elsewhere(features, valid_mask)
     attention = by_peak(features, floor).square().mean(dim=1, keepdim=True)
     attention = torch_functional.adaptive_avg_pool2d(attention, size)
     return unit_vectors(attention.flatten(1), 1)
@@ -99,11 +99,11 @@ def _distance(student: Sequence[Tensor], teacher: Sequence[Tensor], valid: Tenso
     owner = 'pixel_similarity_loss'
     parts = []
     for map_s, map_t in zip(student, teacher, strict=True):
-        counts = valid_pixels(owner, map_s, valid=valid)
+        valid_mask = valid_pixels(owner, map_s, valid=valid)
         some = None
-        if counts is not None:
-            map_s, map_t = torch.where(counts[:, None], map_s, 0), torch.where(counts[:, None], map_t, 0)
-            some = counts.flatten(1).any(dim=1)
+        if valid_mask is not None:
+            map_s, map_t = zero_elsewhere(map_s, valid_mask), zero_elsewhere(map_t, valid_mask)
+            some = valid_mask.flatten(1).any(dim=1)
         unit_s, unit_t = unit_vectors(map_s.flatten(1), 1), unit_vectors(map_t.flatten(1), 1)
         parts.append(masked_mean((unit_s - unit_t).square().sum(dim=1), some))
     return torch.stack(parts).mean()

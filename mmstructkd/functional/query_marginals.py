@@ -10,9 +10,9 @@ import torch.nn.functional as torch_functional
 from torch import Tensor
 
 from mmstructkd.errors import ConfigError, ShapeError, check_ndim, check_one_of, check_positive
-from mmstructkd.functional.cross_entropy import two_classes
-from mmstructkd.functional.precision import exact_matmul, full_precision
-from mmstructkd.functional.resize import _check_size
+from mmstructkd.functional.core.binary import two_classes
+from mmstructkd.functional.core.precision import exact_matmul, full_precision
+from mmstructkd.functional.core.resize import check_size
 
 __all__ = ['pool_probabilities', 'query_marginals']
 
@@ -135,7 +135,7 @@ def pool_probabilities(scores: Tensor, size: tuple[int, int], *, temperature: fl
         tensor([0.2100, 0.2100, 0.5800])
     """
     owner = 'pool_probabilities'
-    size = _check_size(owner, size)
+    size = check_size(owner, size)
     check_positive(owner, 'temperature', temperature)
     check_ndim(owner, 'scores', scores, 4, '(B, C, H, W)')
     if size[0] > scores.shape[2] or size[1] > scores.shape[3]:

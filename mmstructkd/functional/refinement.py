@@ -12,7 +12,7 @@ import torch.nn.functional as torch_functional
 from torch import Tensor
 
 from mmstructkd.errors import ConfigError, ShapeError, check_ndim, check_positive
-from mmstructkd.functional.resize import resize_map
+from mmstructkd.functional.core.resize import resize_map
 
 __all__ = ['fuse_maps', 'refine_pyramid']
 

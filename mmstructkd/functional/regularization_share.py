@@ -8,10 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mmstructkd.functional.logits import _labelled, _only, _scores
-from mmstructkd.functional.precision import full_precision
-from mmstructkd.functional.reduce import masked_mean
-from mmstructkd.functional.softening import check_temperature, log_of_classes
+from mmstructkd.functional.core.precision import full_precision
+from mmstructkd.functional.core.reduce import masked_mean
+from mmstructkd.functional.core.scores import class_scores
+from mmstructkd.functional.core.softening import check_temperature, log_of_classes
+from mmstructkd.functional.core.valid import labelled_pixels, zero_elsewhere
 
 __all__ = ['regularization_share']
 
@@ -62,8 +63,10 @@ def regularization_share(
     """
     owner = 'regularization_share'
     check_temperature(owner, temperature)
-    student, teacher = _scores(owner, student, teacher)
-    index, counts = _labelled(owner, student, labels, ignore_index, valid)
-    student, teacher = _only(counts, student.detach(), teacher.detach())
+    student, teacher = class_scores(owner, student, teacher)
+    index, valid_mask = labelled_pixels(
+        owner, student, labels, num_classes=student.shape[1], ignore_index=ignore_index, valid=valid
+    )
+    student, teacher = zero_elsewhere(student.detach(), valid_mask), zero_elsewhere(teacher.detach(), valid_mask)
     own_s, own_t = (log_of_classes(z, temperature).gather(1, index.unsqueeze(1)).squeeze(1) for z in (student, teacher))
-    return masked_mean((own_t < own_s).to(torch.promote_types(student.dtype, torch.float32)), counts)
+    return masked_mean((own_t < own_s).to(torch.promote_types(student.dtype, torch.float32)), valid_mask)

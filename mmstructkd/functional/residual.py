@@ -5,16 +5,15 @@ Shape shorthand: B images, D channels, H x W the grid, V the positions that coun
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from mmstructkd.errors import ShapeError, check_ndim, check_same
-from mmstructkd.functional.precision import full_precision
-from mmstructkd.functional.reduce import masked_mean, valid_pixels
+from mmstructkd.functional.core.precision import full_precision
+from mmstructkd.functional.core.reduce import masked_mean
+from mmstructkd.functional.core.resize import RESIZE_OR_CONNECT
+from mmstructkd.functional.core.valid import valid_pixels, zero_elsewhere
 
 __all__ = ['residual_loss']
-
-_WAY_OUT = 'Resize the teacher with resize_map, or put a connector in front of the student.'
 
 
 @full_precision
@@ -58,6 +57,7 @@ def residual_loss(
         ConfigError: ``valid`` is not boolean.
 
     Example:
+        >>> import torch
         >>> x = torch.ones(1, 2, 1, 1)
         >>> residual_loss(x, 4 * x, assistant=3 * x).item(), residual_loss(x, 4 * x, assistant=x).item()
         (0.0, 4.0)
@@ -65,7 +65,7 @@ def residual_loss(
     owner = 'residual_loss'
     check_ndim(owner, 'student', student, 4, '(B, D, H, W)')
     check_ndim(owner, 'teacher', teacher, 4, '(B, D, H, W)')
-    check_same(owner, student, teacher, (0, 1, 2, 3), 'B, D, H and W', _WAY_OUT)
+    check_same(owner, student, teacher, (0, 1, 2, 3), 'B, D, H and W', RESIZE_OR_CONNECT)
     if assistant.shape != student.shape:
         raise ShapeError(
             f'{owner}: `assistant` must have the shape of `student`, got {tuple(assistant.shape)} and '
@@ -74,9 +74,9 @@ def residual_loss(
     if not joint:
         student = student.detach()
     gap = assistant + student - teacher.detach()
-    counts = valid_pixels(owner, student, valid=valid)
-    if counts is None:
+    valid_mask = valid_pixels(owner, student, valid=valid)
+    if valid_mask is None:
         return masked_mean(gap.square())
     # Whatever stands where nothing counts, NaN included, goes nowhere.
-    gap = torch.where(counts[:, None], gap, 0)
-    return masked_mean(gap.square(), counts[:, None])
+    gap = zero_elsewhere(gap, valid_mask)
+    return masked_mean(gap.square(), valid_mask[:, None])

@@ -17,11 +17,11 @@ from mmstructkd.errors import (
     check_positive,
     check_same,
 )
-from mmstructkd.functional.cross_entropy import two_classes
-from mmstructkd.functional.precision import full_precision
-from mmstructkd.functional.reduce import valid_pixels
-from mmstructkd.functional.score_fusion import score_confidence
-from mmstructkd.functional.softening import kl_along, log_of_classes
+from mmstructkd.functional.core.binary import two_classes
+from mmstructkd.functional.core.precision import full_precision
+from mmstructkd.functional.core.score_fusion import score_confidence
+from mmstructkd.functional.core.softening import kl_along, log_of_classes
+from mmstructkd.functional.core.valid import valid_entries, valid_pixels
 
 __all__ = [
     'confident_pixels',
@@ -215,8 +215,8 @@ def confident_pixels(
     if minimum > 1:
         raise ConfigError(f'{owner}: `minimum` must lie in [0, 1], got {minimum!r}.')
     sure = joint_confidence(student, teacher, by=by, measure=measure, temperature=temperature) >= minimum
-    counts = valid_pixels(owner, student, valid=valid)
-    return sure if counts is None else sure & counts
+    valid_mask = valid_pixels(owner, student, valid=valid)
+    return sure if valid_mask is None else sure & valid_mask
 
 
 @full_precision
@@ -318,9 +318,7 @@ def image_mean(values: Tensor, *, valid: Tensor | None = None) -> Tensor:
     owner = 'image_mean'
     check_ndim(owner, 'values', values, 3, '(B, H, W)')
     values = values.detach()
-    counts = torch.ones_like(values, dtype=torch.bool) if valid is None else valid
-    if counts.shape != values.shape:
-        raise ShapeError(f'{owner}: `valid` must have shape {tuple(values.shape)}, got {tuple(counts.shape)}.')
-    number = counts.flatten(1).sum(dim=1).to(values.dtype)
+    valid_mask = valid_entries(owner, values.shape, valid, like=values)
+    number = valid_mask.flatten(1).sum(dim=1).to(values.dtype)
     # 0 / 0 is the NaN that is promised.
-    return torch.where(counts, values, 0).flatten(1).sum(dim=1) / number
+    return torch.where(valid_mask, values, 0).flatten(1).sum(dim=1) / number

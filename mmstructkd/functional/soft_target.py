@@ -10,11 +10,11 @@ from typing import NamedTuple
 from torch import Tensor
 
 from mmstructkd.errors import ConfigError, check_finite_number, check_positive
-from mmstructkd.functional.cross_entropy import label_losses
-from mmstructkd.functional.logits import _only, _scores
-from mmstructkd.functional.precision import full_precision
-from mmstructkd.functional.reduce import masked_mean
-from mmstructkd.functional.softening import check_temperature, kl_along, log_of_classes, teacher_log_of_classes
+from mmstructkd.functional.core.precision import full_precision
+from mmstructkd.functional.core.reduce import masked_mean
+from mmstructkd.functional.core.scores import class_scores, label_losses
+from mmstructkd.functional.core.softening import check_temperature, kl_along, log_of_classes, teacher_log_of_classes
+from mmstructkd.functional.core.valid import zero_elsewhere
 
 __all__ = ['ConstrainedLoss', 'constrained_soft_target', 'next_multiplier', 'soft_target_loss']
 
@@ -31,13 +31,13 @@ def _parts(
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy with the labels and T squared times the divergence, both means over the pixels that count."""
     check_temperature(owner, temperature)
-    student, teacher = _scores(owner, student, teacher)
-    hard, counts = label_losses(student, labels, ignore_index=ignore_index, valid=valid, owner=owner)
-    (student,) = _only(counts, student)
+    student, teacher = class_scores(owner, student, teacher)
+    hard, valid_mask = label_losses(student, labels, ignore_index=ignore_index, valid=valid, owner=owner)
+    student = zero_elsewhere(student, valid_mask)
     log_s = log_of_classes(student, temperature)
-    log_t = teacher_log_of_classes(teacher, temperature, counts)
+    log_t = teacher_log_of_classes(teacher, temperature, valid_mask)
     gap = kl_along(log_t, log_s, 1) if reverse else kl_along(log_s, log_t, 1)
-    return masked_mean(hard, counts), temperature**2 * masked_mean(gap, counts)
+    return masked_mean(hard, valid_mask), temperature**2 * masked_mean(gap, valid_mask)
 
 
 @full_precision

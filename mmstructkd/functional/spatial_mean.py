@@ -5,25 +5,25 @@ Shape shorthand: B images, D channels, H x W the grid, V the positions that coun
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from mmstructkd.errors import check_ndim, check_same
-from mmstructkd.functional.precision import full_precision
-from mmstructkd.functional.reduce import masked_mean, valid_pixels
+from mmstructkd.functional.core.precision import full_precision
+from mmstructkd.functional.core.reduce import masked_mean
+from mmstructkd.functional.core.valid import valid_pixels, zero_elsewhere
 
 __all__ = ['spatial_mean_loss']
 
 
-def _means(features: Tensor, counts: Tensor | None) -> Tensor:
+def _means(features: Tensor, valid_mask: Tensor | None) -> Tensor:
     """Mean over the positions that count, (B, D); 0 for an image without any."""
     features = features.flatten(2)
-    if counts is None:
+    if valid_mask is None:
         share: Tensor | float = 1 / max(features.shape[2], 1)
     else:
         # Whatever stands where nothing counts, NaN included, goes nowhere.
-        features = torch.where(counts[:, None], features, 0)
-        share = 1 / counts.sum(dim=1).clamp(min=1).to(features.dtype)[:, None, None]
+        features = zero_elsewhere(features, valid_mask)
+        share = 1 / valid_mask.sum(dim=1).clamp(min=1).to(features.dtype)[:, None, None]
     # Divided before the sum: that of many large features may leave the range, their mean does not.
     return (features * share).sum(dim=2)
 
@@ -62,6 +62,7 @@ def spatial_mean_loss(student: Tensor, teacher: Tensor, *, valid: Tensor | None 
         ConfigError: ``valid`` is not boolean.
 
     Example:
+        >>> import torch
         >>> x = torch.tensor([0.0, 2.0]).view(1, 1, 1, 2)
         >>> spatial_mean_loss(x, x.flip(-1)).item(), spatial_mean_loss(x, x + 3).item()
         (0.0, 9.0)
@@ -71,11 +72,11 @@ def spatial_mean_loss(student: Tensor, teacher: Tensor, *, valid: Tensor | None 
     check_ndim(owner, 'teacher', teacher, 4, '(B, D, H, W)')
     check_same(owner, student, teacher, (0, 1), 'B and D', 'Put a connector in front of the student.')
     some = None
-    counts_s = counts_t = None
+    valid_s = valid_t = None
     if valid is not None:
-        counts_s, counts_t = (
+        valid_s, valid_t = (
             mask.flatten(1) for f in (student, teacher) if (mask := valid_pixels(owner, f, valid=valid)) is not None
         )
-        some = (counts_s.any(dim=1) & counts_t.any(dim=1))[:, None]
-    gap = _means(student, counts_s) - _means(teacher.detach(), counts_t)
+        some = (valid_s.any(dim=1) & valid_t.any(dim=1))[:, None]
+    gap = _means(student, valid_s) - _means(teacher.detach(), valid_t)
     return masked_mean(gap.square(), some)

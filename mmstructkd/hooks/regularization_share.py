@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from mmstructkd.errors import ConfigError, check_count
-from mmstructkd.functional.precision import promote
+from mmstructkd.functional.core.precision import promote
 from mmstructkd.functional.regularization_share import regularization_share
 from mmstructkd.losses import DecoupledKLLoss, PixelwiseKLLoss, WeightedSoftLabelLoss
 from mmstructkd.losses.softening import SoftenedLoss

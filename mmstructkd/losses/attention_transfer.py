@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from mmstructkd.errors import check_one_of
-from mmstructkd.functional.statistics import REDUCTIONS, attention_transfer_loss, check_power
+from mmstructkd.functional.attention_transfer import attention_transfer_loss, check_power
+from mmstructkd.functional.core.features import REDUCTIONS
 from mmstructkd.losses.base import DistillLoss
 from mmstructkd.registry import MODELS
 from mmstructkd.structures import Targets
@@ -18,7 +19,7 @@ class AttentionTransferLoss(DistillLoss):
     r"""Squared distance of where student and teacher are strong.
 
     Attention Transfer (arXiv:1612.03928). See
-    :func:`~mmstructkd.functional.statistics.attention_transfer_loss` for the
+    :func:`~mmstructkd.functional.attention_transfer.attention_transfer_loss` for the
     formula. Tap features, one or several stages; the widths may differ.
 
     The default weight 10000 is that of CIRKD's code for segmentation, and goes

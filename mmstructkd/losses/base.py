@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from mmstructkd.errors import ConfigError, check_finite_number, check_one_of
-from mmstructkd.functional.resize import resize_labels
+from mmstructkd.functional.core.resize import resize_labels
 from mmstructkd.losses.positions import PLACES, counting_positions
 from mmstructkd.structures import Targets
 
@@ -32,7 +32,7 @@ class DistillLoss(nn.Module):
         needs_images: the term hands over the input images in the targets.
         over_classes: its distributions run over the channels as classes. One
             channel then is the score of a sigmoid, see
-            :mod:`~mmstructkd.functional.binary`.
+            :mod:`~mmstructkd.functional.core.binary`.
         binary_pairs: it takes one channel beside two for the scores of two classes,
             though widths must be equal otherwise.
         by_class: it compares channel k of the student with channel k of the

@@ -7,7 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from mmstructkd.errors import ConfigError, check_count, check_one_of
-from mmstructkd.functional.detection import binary_kl_loss, inside_boxes
+from mmstructkd.functional.binary_kl import binary_kl_loss
+from mmstructkd.functional.core.boxes import inside_boxes
 from mmstructkd.losses.softening import SoftenedLoss
 from mmstructkd.registry import MODELS
 from mmstructkd.structures import Targets
@@ -23,7 +24,7 @@ class BinaryKLLoss(SoftenedLoss):
 
     The pixel-wise term of Structured Knowledge Distillation (arXiv:1903.04197) for
     heads whose classes are sigmoids. See
-    :func:`~mmstructkd.functional.detection.binary_kl_loss` for the formula. Tap the
+    :func:`~mmstructkd.functional.binary_kl.binary_kl_loss` for the formula. Tap the
     class maps: ``'bbox_head.conv_cls'`` of FCOS, ``'bbox_head.retina_cls'`` of
     RetinaNet (with its number of ``anchors``), ``'bbox_head.gfl_cls'`` of GFL. The
     default weight is this project's; no published value is known. Positions without

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from mmstructkd.functional.affinity import check_kernel_size
-from mmstructkd.functional.classes import category_similarity_loss
+from mmstructkd.functional.category_similarity import category_similarity_loss
+from mmstructkd.functional.core.pooling import check_kernel_size
 from mmstructkd.losses.softening import SoftenedLoss
 from mmstructkd.registry import MODELS
 from mmstructkd.structures import Targets
@@ -21,7 +21,7 @@ class CategorySimilarityLoss(SoftenedLoss):
 
     Category-wise part (CSD) of Double Similarity Distillation
     (arXiv:2107.08591). See
-    :func:`~mmstructkd.functional.classes.category_similarity_loss` for the
+    :func:`~mmstructkd.functional.category_similarity.category_similarity_loss` for the
     formula, and whose it is. Tap class scores. The default weight is that of
     winycg/CIRKD's re-implementation; the value falls with the square of the
     number of positions.

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mmstructkd.functional.divergence import channelwise_kl_loss
+from mmstructkd.functional.channelwise_kl import channelwise_kl_loss
 from mmstructkd.losses.softening import SoftenedLoss
 from mmstructkd.registry import MODELS
 from mmstructkd.structures import Targets
@@ -19,7 +19,7 @@ class ChannelwiseKLLoss(SoftenedLoss):
     r"""Divergence of where each channel of the student is active from where in the teacher.
 
     Channel-wise Knowledge Distillation (arXiv:2011.13256). See
-    :func:`~mmstructkd.functional.divergence.channelwise_kl_loss` for the
+    :func:`~mmstructkd.functional.channelwise_kl.channelwise_kl_loss` for the
     formula. Tap class scores or features; the term puts a 1x1 convolution in
     front of the student where the widths differ. The default weight of 1 is
     none of the published ones: those are 3 at temperature 4 and 5 at temperature

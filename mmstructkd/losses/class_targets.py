@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from mmstructkd.errors import ConfigError, is_count
-from mmstructkd.functional.binary import two_class_logits
-from mmstructkd.functional.logits import map_logits
+from mmstructkd.functional.core.binary import two_class_logits
+from mmstructkd.functional.core.scores import map_logits
 from mmstructkd.structures import Targets
 
 __all__ = ['TARGETS', 'ClassMap', 'class_targets']

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from mmstructkd.errors import ConfigError, check_count, check_one_of, check_positive
-from mmstructkd.functional.relation import adjacent_correlation_loss, correlation_congruence_loss
+from mmstructkd.functional.correlation_congruence import adjacent_correlation_loss, correlation_congruence_loss
 from mmstructkd.losses.node_loss import NodeLoss
 from mmstructkd.losses.presets import settle
 from mmstructkd.registry import MODELS
@@ -29,9 +29,9 @@ class CorrelationCongruenceLoss(NodeLoss):
     r"""Squared distance between kernel matrices of nodes, or what the authors' code computes.
 
     Correlation congruence (arXiv:1904.01802). See
-    :func:`~mmstructkd.functional.relation.correlation_congruence_loss`
+    :func:`~mmstructkd.functional.correlation_congruence.correlation_congruence_loss`
     (``mode='kernel'``, the paper) and
-    :func:`~mmstructkd.functional.relation.adjacent_correlation_loss`
+    :func:`~mmstructkd.functional.correlation_congruence.adjacent_correlation_loss`
     (``'adjacent'``, the code, a different formula). Tap features; widths may
     differ in the first mode, and a connector goes in front in the second.
 

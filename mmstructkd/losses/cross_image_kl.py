@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from mmstructkd.errors import check_count
-from mmstructkd.functional.affinity import check_kernel_size
-from mmstructkd.functional.nodes import pool_nodes
-from mmstructkd.functional.relation import cross_image_kl_loss
+from mmstructkd.functional.core.nodes import pool_nodes
+from mmstructkd.functional.core.pooling import check_kernel_size
+from mmstructkd.functional.cross_image_kl import cross_image_kl_loss
 from mmstructkd.losses.softening import SoftenedLoss
 from mmstructkd.registry import MODELS
 from mmstructkd.structures import Targets
@@ -23,7 +23,7 @@ class CrossImageKLLoss(SoftenedLoss):
     r"""Divergence of how like the places of each image of the batch a place is.
 
     Mini-batch term of Cross-Image Relational distillation, CIRKD (CVPR 2022).
-    See :func:`~mmstructkd.functional.relation.cross_image_kl_loss` for the
+    See :func:`~mmstructkd.functional.cross_image_kl.cross_image_kl_loss` for the
     formula. Tap features, e.g. the last ones before the classifier; widths may
     differ. The default weight is published. The memory terms are
     :class:`~mmstructkd.losses.MemoryContrastLoss`.
@@ -85,9 +85,8 @@ class CrossImageKLLoss(SoftenedLoss):
         valid = self.counting(student, targets)
         kernel = self._kernel_at(student.shape[-2], student.shape[-1])
         if kernel != (1, 1) and student.shape[-2:] == teacher.shape[-2:]:
-            student, counts = pool_nodes(student, kernel, valid)
             teacher, _ = pool_nodes(teacher.detach(), kernel, valid)
-            valid = counts
+            student, valid = pool_nodes(student, kernel, valid)
         student, teacher, temperature = self.soften(student, teacher, targets)
         return cross_image_kl_loss(student, teacher, temperature=temperature, valid=valid)
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from mmstructkd.errors import ConfigError, ShapeError, check_count, check_finite_number, check_ndim, check_same
+from mmstructkd.functional.core.nodes import cell_nodes, norm_floor, unit_vectors
+from mmstructkd.functional.core.precision import exact_matmul, full_precision
 from mmstructkd.functional.cross_view_similarity import cross_view_similarity_loss, rows_worth_keeping
-from mmstructkd.functional.nodes import cell_nodes, norm_floor, unit_vectors
-from mmstructkd.functional.precision import exact_matmul, full_precision
 from mmstructkd.functional.turning import turn_back
 from mmstructkd.losses.softening import SoftenedLoss
 from mmstructkd.registry import MODELS

@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from mmstructkd.errors import ConfigError, check_one_of, check_some_weight
-from mmstructkd.functional.binary import as_two_classes
-from mmstructkd.functional.logits import decoupled_kl_loss
+from mmstructkd.functional.core.binary import as_two_classes
+from mmstructkd.functional.decoupled_kl import decoupled_kl_loss
 from mmstructkd.losses.class_targets import TARGETS, class_targets
 from mmstructkd.losses.presets import settle
 from mmstructkd.losses.softening import SoftenedLoss
@@ -29,7 +29,7 @@ class DecoupledKLLoss(SoftenedLoss):
     r"""Divergence of class probabilities, split at the right class.
 
     Decoupled Knowledge Distillation (arXiv:2203.08679). See
-    :func:`~mmstructkd.functional.logits.decoupled_kl_loss` for the formula. Tap
+    :func:`~mmstructkd.functional.decoupled_kl.decoupled_kl_loss` for the formula. Tap
     class scores of the same classes in both networks, or the class scores of a
     box head (rows).
 

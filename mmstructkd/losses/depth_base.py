@@ -7,9 +7,9 @@ from mmengine.dist import get_dist_info
 from torch import Tensor, nn
 
 from mmstructkd.errors import ConfigError, check_count, check_finite_number, check_one_of
-from mmstructkd.functional.depth import depth_of_disparity, depth_readings, disparity_of_depth
-from mmstructkd.functional.resize import resize_labels
-from mmstructkd.functional.sampling import draw_positions
+from mmstructkd.functional.core.depth import depth_of_disparity, depth_readings, disparity_of_depth
+from mmstructkd.functional.core.resize import resize_labels
+from mmstructkd.functional.core.sampling import draw_positions
 from mmstructkd.losses.base import DistillLoss
 from mmstructkd.losses.positions import counting_positions
 from mmstructkd.structures import Targets
@@ -161,7 +161,7 @@ class DepthLoss(DistillLoss):
             targets: what the batch knows besides.
 
         Returns:
-            Student, teacher and :meth:`counts`, for the functional core.
+            Student, teacher and :meth:`readable_pixels`, for the functional core.
 
         Raises:
             ConfigError: ``where`` asks for ground truth that is not there.
@@ -171,9 +171,9 @@ class DepthLoss(DistillLoss):
                 student = disparity_of_depth(student)
             else:
                 teacher = depth_of_disparity(teacher.detach())
-        return student, teacher, self.counts(student, teacher, targets)
+        return student, teacher, self.readable_pixels(student, teacher, targets)
 
-    def counts(self, student: Tensor, teacher: Tensor, targets: Targets) -> Tensor:
+    def readable_pixels(self, student: Tensor, teacher: Tensor, targets: Targets) -> Tensor:
         """Pixels that count: inside the image, read by the teacher, within the limits, and ``where``.
 
         Args:
@@ -188,22 +188,22 @@ class DepthLoss(DistillLoss):
             ConfigError: ``where`` asks for ground truth that is not there.
         """
         owner = type(self).__name__
-        counts = depth_readings(teacher, min_depth=self.min_depth, max_depth=self.max_depth)
-        size = (counts.shape[-2], counts.shape[-1])
+        valid_mask = depth_readings(teacher, min_depth=self.min_depth, max_depth=self.max_depth)
+        size = (valid_mask.shape[-2], valid_mask.shape[-1])
         # Labels of classes say nothing about depth.
-        given = counting_positions(owner, counts[:, None], targets)
+        given = counting_positions(owner, valid_mask[:, None], targets)
         if given is not None:
-            counts = counts & given
+            valid_mask = valid_mask & given
         if self.where == 'inside':
-            return counts
+            return valid_mask
         if targets.depth is None:
             raise ConfigError(
                 f'{owner}: `targets.depth` must be given for where={self.where!r}, got None. '
                 "Load depth maps with the batch, or take where='inside'."
             )
-        truth = resize_labels(targets.depth, size).to(counts.device)
+        truth = resize_labels(targets.depth, size).to(valid_mask.device)
         labelled = depth_readings(truth, min_depth=self.min_depth, max_depth=self.max_depth)
-        return counts & (labelled if self.where == 'labelled' else ~labelled)
+        return valid_mask & (labelled if self.where == 'labelled' else ~labelled)
 
     def extra_repr(self) -> str:
         """Show the settings in the model's print-out."""

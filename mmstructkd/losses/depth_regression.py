@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from mmstructkd.errors import ConfigError, check_finite_number, check_one_of, check_positive
-from mmstructkd.functional.depth import depth_l1_loss, silog_loss
+from mmstructkd.functional.depth_regression import depth_l1_loss, silog_loss
 from mmstructkd.losses.depth_base import DepthLoss
 from mmstructkd.registry import MODELS
 from mmstructkd.structures import Targets
@@ -21,8 +21,8 @@ class DepthRegressionLoss(DepthLoss):
 
     The depth form of distilling the output; Structured Knowledge Distillation
     (arXiv:1903.04197) drops its pixel term for depth, so there is no published
-    weight. See :func:`~mmstructkd.functional.depth.depth_l1_loss` and
-    :func:`~mmstructkd.functional.depth.silog_loss` for the formulas. Tap the
+    weight. See :func:`~mmstructkd.functional.depth_regression.depth_l1_loss` and
+    :func:`~mmstructkd.functional.depth_regression.silog_loss` for the formulas. Tap the
     depth maps (``decode_head.to_depth`` of the heads of ``mmstructkd.models``).
     Logits over depth bins go to :class:`~mmstructkd.losses.PixelwiseKLLoss`.
 

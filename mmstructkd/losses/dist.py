@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from mmstructkd.errors import ConfigError, check_some_weight
-from mmstructkd.functional.logits import dist_loss
+from mmstructkd.functional.dist import dist_loss
 from mmstructkd.losses.class_targets import ClassMap
 from mmstructkd.losses.softening import SoftenedLoss
 from mmstructkd.registry import MODELS
@@ -21,7 +21,7 @@ __all__ = ['DistLoss']
 class DistLoss(SoftenedLoss):
     r"""One minus the correlation of the class probabilities, among classes and among pixels.
 
-    DIST (arXiv:2205.10536). See :func:`~mmstructkd.functional.logits.dist_loss`
+    DIST (arXiv:2205.10536). See :func:`~mmstructkd.functional.dist.dist_loss`
     for the formula. Tap class scores of the same classes in both networks: of a
     segmentation head, of depth in bins, or the rows of a box head. The default
     weights are the published ones for segmentation, where the auxiliary head is

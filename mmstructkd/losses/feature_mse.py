@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from mmstructkd.functional.statistics import feature_mse_loss
+from mmstructkd.functional.feature_mse import feature_mse_loss
 from mmstructkd.losses.base import DistillLoss
 from mmstructkd.registry import MODELS
 from mmstructkd.structures import Targets
@@ -17,7 +17,7 @@ class FeatureMSELoss(DistillLoss):
     r"""Squared distance of raw features.
 
     Hints of FitNets (arXiv:1412.6550), trained along with the task. See
-    :func:`~mmstructkd.functional.statistics.feature_mse_loss` for the formula.
+    :func:`~mmstructkd.functional.feature_mse.feature_mse_loss` for the formula.
     Tap features; the term puts a 1x1 convolution in front of the student where
     the widths differ. The default weight 10 is that of CIRKD's code for
     segmentation. Channels with large values decide:

@@ -9,9 +9,10 @@ import torch.nn.functional as torch_functional
 from torch import Tensor, nn
 
 from mmstructkd.errors import ConfigError, ShapeError, check_ndim, check_same, check_some_weight
-from mmstructkd.functional.boxes import focal_feature_loss
-from mmstructkd.functional.precision import full_precision
-from mmstructkd.functional.statistics import feature_mse_loss
+from mmstructkd.functional.core.precision import full_precision
+from mmstructkd.functional.core.valid import zero_elsewhere
+from mmstructkd.functional.feature_mse import feature_mse_loss
+from mmstructkd.functional.focal_global import focal_feature_loss
 from mmstructkd.losses.presets import settle
 from mmstructkd.losses.softening import SoftenedLoss
 from mmstructkd.registry import MODELS
@@ -81,9 +82,8 @@ def _relation(
 ) -> Tensor:
     """Sum of squares of R_s(f^s) - R_t(f^t), averaged over images."""
     teacher = teacher.detach()
-    if valid is not None:
-        student = torch.where(valid[:, None], student, 0)
-        teacher = torch.where(valid[:, None], teacher, 0)
+    student = zero_elsewhere(student, valid)
+    teacher = zero_elsewhere(teacher, valid)
     dtype = context_s.mask.weight.dtype
     added = context_s(student.to(dtype), valid) - context_t(teacher.to(dtype), valid)
     # On the student's side both: the function detaches its second argument, and the teacher's block learns.
@@ -99,7 +99,7 @@ class FocalGlobalLoss(SoftenedLoss):
         \quad R(f) = f + c(f)
 
     Focal and Global Distillation (arXiv:2111.11837). See
-    :func:`~mmstructkd.functional.boxes.focal_feature_loss` for the focal part;
+    :func:`~mmstructkd.functional.focal_global.focal_feature_loss` for the focal part;
     c is a :class:`ContextBlock`, one of the student and one of the teacher, both
     trained with the student and dropped from its checkpoint. For detectors: tap
     the levels of the neck; the term puts a 1x1 convolution in front of the

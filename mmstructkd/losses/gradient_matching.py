@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from mmstructkd.errors import check_count, check_positive
-from mmstructkd.functional.depth import gradient_matching_loss
+from mmstructkd.functional.gradient_matching import gradient_matching_loss
 from mmstructkd.losses.depth_base import DepthLoss
 from mmstructkd.registry import MODELS
 from mmstructkd.structures import Targets
@@ -22,7 +22,7 @@ class GradientMatchingLoss(DepthLoss):
 
     Multi-scale gradient matching of MegaDepth (arXiv:1804.00607) and MiDaS
     (arXiv:1907.01341). See
-    :func:`~mmstructkd.functional.depth.gradient_matching_loss` for the formula.
+    :func:`~mmstructkd.functional.gradient_matching.gradient_matching_loss` for the formula.
     Tap the depth maps; beside a regression, which says where the map lies. MiDaS
     gives 0.5 to a sum over four scales and both directions, on aligned inverse
     depth: that is a weight of 4 on the mean here.

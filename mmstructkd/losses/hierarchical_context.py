@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from mmstructkd.functional.pyramid import check_sizes, hierarchical_context_loss
+from mmstructkd.functional.hierarchical_context import check_sizes, hierarchical_context_loss
 from mmstructkd.losses.base import DistillLoss
 from mmstructkd.registry import MODELS
 from mmstructkd.structures import Targets
@@ -19,7 +19,7 @@ class HierarchicalContextLoss(DistillLoss):
     r"""Squared distance of features, of the map and of its averages over coarser and coarser grids.
 
     The loss of ReviewKD (arXiv:2104.09044). See
-    :func:`~mmstructkd.functional.pyramid.hierarchical_context_loss` for the
+    :func:`~mmstructkd.functional.hierarchical_context.hierarchical_context_loss` for the
     formula. Tap the levels of a neck or the stages of a backbone from fine to
     coarse, with ``connector=dict(type='mmstructkd.AttentionFusionConnector')``;
     without it each level stands alone.

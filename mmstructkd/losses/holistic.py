@@ -20,15 +20,10 @@ from mmstructkd.errors import (
     check_same,
     check_seed,
 )
-from mmstructkd.functional.adversarial import (
-    ADVERSARIAL_MODES,
-    adversarial_loss,
-    critic_loss,
-    gradient_penalty,
-)
-from mmstructkd.functional.binary import as_two_classes
-from mmstructkd.functional.depth import depth_of_disparity, depth_readings, normalize_depth
-from mmstructkd.functional.precision import full_precision
+from mmstructkd.functional.core.binary import as_two_classes
+from mmstructkd.functional.core.depth import depth_of_disparity, depth_readings, normalize_depth
+from mmstructkd.functional.core.precision import full_precision
+from mmstructkd.functional.holistic import ADVERSARIAL_MODES, adversarial_loss, critic_loss, gradient_penalty
 from mmstructkd.losses.base import DistillLoss
 from mmstructkd.losses.depth_base import OUTPUTS
 from mmstructkd.optimizers import check_optimizer
@@ -83,9 +78,9 @@ class HolisticLoss(DistillLoss):
               + 10 \, \overline{(\lVert \nabla D(\hat z) \rVert_2 - 1)^2} \right)
 
     Holistic term of Structured Knowledge Distillation (arXiv:1903.04197); see
-    :func:`~mmstructkd.functional.adversarial.critic_loss`,
-    :func:`~mmstructkd.functional.adversarial.adversarial_loss` and
-    :func:`~mmstructkd.functional.adversarial.gradient_penalty` for the parts.
+    :func:`~mmstructkd.functional.holistic.critic_loss`,
+    :func:`~mmstructkd.functional.holistic.adversarial_loss` and
+    :func:`~mmstructkd.functional.holistic.gradient_penalty` for the parts.
     Tap class scores or a depth map of both networks.
 
     **One backward.** Both objectives are returned together and can be summed
@@ -123,7 +118,7 @@ class HolisticLoss(DistillLoss):
     ones. ``normalize='depth'`` hands it maps from which the mean of the teacher's
     is taken and which are divided by the range of the teacher's, image by image
     (``'log_depth'``: of the logarithms), see
-    :func:`~mmstructkd.functional.depth.normalize_depth`: what it judges is then
+    :func:`~mmstructkd.functional.core.depth.normalize_depth`: what it judges is then
     of one size for near and far scenes, and errors of the student's scale stay
     visible. Where the teacher has no reading, a pixel does not count.
 
@@ -331,7 +326,7 @@ class HolisticLoss(DistillLoss):
             log = self.normalize == 'log_depth'
             student, teacher = (normalize_depth(depth, teacher, log=log, valid=valid) for depth in (student, teacher))
         ignored = None if valid is None else ~valid.unsqueeze(1)
-        counts = None if valid is None else valid.flatten(1).any(dim=1)
+        some = None if valid is None else valid.flatten(1).any(dim=1)
 
         def masked(maps: Tensor) -> Tensor:
             return maps if ignored is None else maps.masked_fill(ignored, 0)
@@ -347,7 +342,7 @@ class HolisticLoss(DistillLoss):
         # spectral norm and the statistics of BatchNorm move with each.
         frozen = {name: parameter.detach() for name, parameter in critic.named_parameters()}
         adversarial = adversarial_loss(
-            functional_call(critic, frozen, (masked(map_s), images)), mode=self.mode, counts=counts
+            functional_call(critic, frozen, (masked(map_s), images)), mode=self.mode, valid=some
         )
 
         if self.critic_weight == 0:
@@ -355,10 +350,10 @@ class HolisticLoss(DistillLoss):
         map_s = map_s.detach()
         score_t = judge(map_t)
         score_s = judge(map_s)
-        objective = critic_loss(score_s, score_t, mode=self.mode, counts=counts)
+        objective = critic_loss(score_s, score_t, mode=self.mode, valid=some)
         if self.gradient_penalty_weight > 0:
             weights = self.interpolation_weights(map_s.shape[0])
-            penalty = gradient_penalty(judge, map_s, map_t, weights=weights, counts=counts)
+            penalty = gradient_penalty(judge, map_s, map_t, weights=weights, valid=some)
             objective = objective + self.gradient_penalty_weight * penalty
         return {'': adversarial, 'critic': self.critic_weight * objective}
 

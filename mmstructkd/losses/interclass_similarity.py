@@ -7,8 +7,10 @@ from typing import Any
 from torch import Tensor
 
 from mmstructkd.errors import ConfigError, check_one_of
-from mmstructkd.functional.binary import as_two_classes
-from mmstructkd.functional.classes import MODES, interclass_similarity_loss, present_classes
+from mmstructkd.functional.core.binary import as_two_classes
+from mmstructkd.functional.core.classes import present_classes
+from mmstructkd.functional.core.valid import valid_pixels
+from mmstructkd.functional.interclass_similarity import MODES, interclass_similarity_loss
 from mmstructkd.losses.presets import settle
 from mmstructkd.losses.softening import SoftenedLoss
 from mmstructkd.registry import MODELS
@@ -34,7 +36,7 @@ class InterclassSimilarityLoss(SoftenedLoss):
     r"""Squared distance between the inter-class divergences of student and teacher.
 
     AICSD (arXiv:2308.04243). See
-    :func:`~mmstructkd.functional.classes.interclass_similarity_loss` for the
+    :func:`~mmstructkd.functional.interclass_similarity.interclass_similarity_loss` for the
     formula, and how the released code departs from it. Tap class scores (or the
     scores of depth bins) of the same classes in both networks.
 
@@ -159,8 +161,8 @@ class InterclassSimilarityLoss(SoftenedLoss):
                 )
             labels = labels.to(student.device)
             # Where unlabelled pixels count, the ignored label is no class all the same.
-            known = labels != targets.ignore_index
-            present = present_classes(labels, student.shape[1], valid=known if valid is None else known & valid)
+            known = valid_pixels(owner, student, labels=labels, ignore_index=targets.ignore_index, valid=valid)
+            present = present_classes(labels, student.shape[1], valid=known)
         student, teacher, temperature = self.soften(student, teacher, targets)
         return interclass_similarity_loss(
             student,

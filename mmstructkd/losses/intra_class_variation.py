@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from mmstructkd.errors import MAX_CLASSES, ConfigError, check_count
-from mmstructkd.functional.region import intra_class_variation_loss
+from mmstructkd.functional.intra_class_variation import intra_class_variation_loss
 from mmstructkd.losses.base import DistillLoss
 from mmstructkd.losses.presets import settle
 from mmstructkd.registry import MODELS
@@ -24,7 +24,7 @@ class IntraClassVariationLoss(DistillLoss):
     r"""Squared gap between how like its class's centre a pixel is in student and teacher.
 
     IFVD (ECCV 2020). See
-    :func:`~mmstructkd.functional.region.intra_class_variation_loss` for the
+    :func:`~mmstructkd.functional.intra_class_variation.intra_class_variation_loss` for the
     formula. Tap features, e.g. the last ones before the classifier; widths may
     differ. Needs labels.
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from mmstructkd.errors import check_count
-from mmstructkd.functional.relation import local_structure_loss
+from mmstructkd.functional.local_structure import local_structure_loss
 from mmstructkd.losses.softening import SoftenedLoss
 from mmstructkd.registry import MODELS
 from mmstructkd.structures import Targets
@@ -20,7 +20,7 @@ class LocalStructureLoss(SoftenedLoss):
     r"""Divergence of how like each neighbour a place is in the student from how in the teacher.
 
     Local structure preserving (CVPR 2020), from graphs to the grid. See
-    :func:`~mmstructkd.functional.relation.local_structure_loss` for the formula,
+    :func:`~mmstructkd.functional.local_structure.local_structure_loss` for the formula,
     and how it differs. Tap features; widths may differ. The default weight is
     ours.
 

@@ -7,7 +7,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from mmstructkd.errors import ConfigError, ShapeError, check_count, check_finite_number, check_one_of
-from mmstructkd.functional.detection import edge_confidence, inside_boxes, localization_kl_loss
+from mmstructkd.functional.core.boxes import inside_boxes
+from mmstructkd.functional.localization_kl import edge_confidence, localization_kl_loss
 from mmstructkd.losses.presets import settle
 from mmstructkd.losses.softening import SoftenedLoss
 from mmstructkd.registry import MODELS
@@ -42,7 +43,7 @@ class LocalizationKLLoss(SoftenedLoss):
     r"""Divergence of the student's box-edge distributions from the teacher's.
 
     Localization Distillation (arXiv:2102.12252). See
-    :func:`~mmstructkd.functional.detection.localization_kl_loss` for the formula.
+    :func:`~mmstructkd.functional.localization_kl.localization_kl_loss` for the formula.
     Tap the edge logits of a head that predicts distributions: of a GFL
     ``'bbox_head.scales.0'`` and so on, behind the factor that it learns for each
     level. A head with plain offsets (RetinaNet, FCOS, ATSS) has none, and is

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from mmstructkd.errors import check_some_weight
-from mmstructkd.functional.statistics import feature_mse_loss
+from mmstructkd.functional.feature_mse import feature_mse_loss
 from mmstructkd.losses.base import DistillLoss
 from mmstructkd.losses.presets import settle
 from mmstructkd.registry import MODELS
@@ -32,7 +32,7 @@ class MaskedGenerationLoss(DistillLoss):
     MGD (arXiv:2205.01529). The mask M and the generator G are the connector,
     ``connector=dict(type='mmstructkd.MaskedGenerationConnector', ratio=...)``;
     without it this is a plain distance. See
-    :func:`~mmstructkd.functional.statistics.feature_mse_loss` with
+    :func:`~mmstructkd.functional.feature_mse.feature_mse_loss` with
     ``reduction='sum'``.
 
     ========  =======  =============  =============  ==========

@@ -17,10 +17,12 @@ from mmstructkd.errors import (
     check_same,
     check_some_weight,
 )
-from mmstructkd.functional.contrast import draw, memory_kl_loss
-from mmstructkd.functional.nodes import unit_vectors
-from mmstructkd.functional.precision import full_precision
-from mmstructkd.functional.region import class_centers
+from mmstructkd.functional.core.nodes import unit_vectors
+from mmstructkd.functional.core.precision import full_precision
+from mmstructkd.functional.core.regions import class_centers
+from mmstructkd.functional.core.sampling import draw
+from mmstructkd.functional.core.valid import labelled_pixels, zero_elsewhere
+from mmstructkd.functional.memory_contrast import memory_kl_loss
 from mmstructkd.layers import check_layers
 from mmstructkd.losses.presets import settle
 from mmstructkd.losses.seeding import check_seed, seeded
@@ -53,7 +55,7 @@ class MemoryContrastLoss(SoftenedLoss):
     .. math:: L = \lambda_p L_{pixel} + \lambda_r L_{region}
 
     Memory terms of Cross-Image Relational distillation, CIRKD (CVPR 2022). See
-    :func:`~mmstructkd.functional.contrast.memory_kl_loss` for a term, and
+    :func:`~mmstructkd.functional.memory_contrast.memory_kl_loss` for a term, and
     :class:`~mmstructkd.memories.ClassQueue` for the queues: of each image, some
     pixels of each class and the mean of each class, of the teacher's unit
     features. The student is projected to the teacher's width by a 1x1
@@ -174,7 +176,7 @@ class MemoryContrastLoss(SoftenedLoss):
         super().__init__(settings['loss_weight'], temperature)
         check_temperature_range(owner, 'kd_temperature', kd_temperature)
         check_some_weight(owner, pixel_weight=pixel_weight, region_weight=region_weight)
-        counts = {
+        numbers = {
             'num_classes': num_classes,
             'pixel_capacity': settings['pixel_capacity'],
             'region_capacity': settings['region_capacity'],
@@ -182,7 +184,7 @@ class MemoryContrastLoss(SoftenedLoss):
             'pixel_keys': pixel_keys,
             'region_keys': region_keys,
         }
-        for name, value in counts.items():
+        for name, value in numbers.items():
             check_count(owner, name, value, maximum=MAX_CLASSES if name == 'num_classes' else MAX_KEYS)
         check_count(owner, 'max_anchors', settings['max_anchors'], 0)
         check_seed(owner, seed)
@@ -252,15 +254,15 @@ class MemoryContrastLoss(SoftenedLoss):
                 'Use it on a segmentation task, or CrossImageKLLoss, which needs no labels.'
             )
         valid = self.counting(student, targets)
-        labels = labels.to(student.device)
-        inside = (labels >= 0) & (labels < self.num_classes)
-        inside = inside if valid is None else inside & valid
+        labels, inside = labelled_pixels(
+            owner, student, labels, num_classes=self.num_classes, ignore_index=-1, valid=valid
+        )
 
-        units = unit_vectors(torch.where(inside[:, None], teacher.detach(), 0), 1).to(pixels.slots)
+        units = unit_vectors(zero_elsewhere(teacher.detach(), inside), 1).to(pixels.slots)
         pixel_keys, pixel_there = self._pixels_of(units, labels, inside)
         centers, count = class_centers(units, labels, self.num_classes, valid=inside, ignore_index=-1)
         region_keys, region_there = unit_vectors(centers, 2).transpose(0, 1), (count > 0).T
-        anchors_s, anchors_t, counts = self._anchors(projection, student, units, inside)
+        anchors_s, anchors_t, valid = self._anchors(projection, student, units, inside)
 
         temperature = self.soften(anchors_s, anchors_t).temperature
         loss = anchors_s.sum() * 0
@@ -279,7 +281,7 @@ class MemoryContrastLoss(SoftenedLoss):
                 memory=memory.flatten(0, 1),
                 temperature=temperature,
                 kd_temperature=self.kd_temperature,
-                valid=counts,
+                valid=valid,
                 memory_valid=filled.flatten(),
             )
         if self.training:
@@ -301,14 +303,14 @@ class MemoryContrastLoss(SoftenedLoss):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Projected pixels of the student, the teacher's at the same places, and which count."""
         # Before the projection, so that whatever stands where nothing counts, NaN included, goes nowhere.
-        student = torch.where(inside[:, None], student, 0).to(units.dtype)
+        student = zero_elsewhere(student, inside).to(units.dtype)
         anchors_s = projection(student).flatten(2).mT.flatten(0, 1)
         anchors_t = units.flatten(2).mT.flatten(0, 1)
-        counts = inside.flatten()
-        if 0 < self.max_anchors < counts.shape[0]:
-            index, counts = draw(counts, self.max_anchors, self.step)
+        valid = inside.flatten()
+        if 0 < self.max_anchors < valid.shape[0]:
+            index, valid = draw(valid, self.max_anchors, self.step)
             anchors_s, anchors_t = anchors_s[index], anchors_t[index]
-        return anchors_s, anchors_t, counts
+        return anchors_s, anchors_t, valid
 
     def extra_repr(self) -> str:
         """Show the settings in the model's print-out."""

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from mmstructkd.errors import MAX_CLASSES, ConfigError, check_count, check_one_of
-from mmstructkd.functional.nodes import cell_nodes, check_grid
-from mmstructkd.functional.region import class_centers
+from mmstructkd.functional.core.nodes import cell_nodes, check_grid
+from mmstructkd.functional.core.regions import class_centers
 from mmstructkd.losses.base import DistillLoss
 from mmstructkd.structures import Targets
 
@@ -59,7 +59,7 @@ class NodeLoss(DistillLoss):
             targets: what the batch knows besides.
 
         Returns:
-            What the functions of :mod:`mmstructkd.functional.relation` take.
+            What the functions of :mod:`mmstructkd.functional.relational` and its like take.
 
         Raises:
             ConfigError: the nodes are classes, and there are no labels.
@@ -84,10 +84,10 @@ class NodeLoss(DistillLoss):
         valid = self.counting(student, targets)
         if self.nodes == 'images':
             return student, teacher, valid
-        cells_s, counts = cell_nodes(student, self.grid, valid)
+        cells_s, valid_mask = cell_nodes(student, self.grid, valid)
         with torch.no_grad():
             cells_t, _ = cell_nodes(teacher, self.grid, valid)
-        return cells_s, cells_t, counts
+        return cells_s, cells_t, valid_mask
 
     def extra_repr(self) -> str:
         """Show the settings in the model's print-out."""

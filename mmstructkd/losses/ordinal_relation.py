@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from mmstructkd.errors import check_finite_number, check_positive
-from mmstructkd.functional.depth import ordinal_relation_loss
+from mmstructkd.functional.ordinal_relation import ordinal_relation_loss
 from mmstructkd.losses.depth_base import SampledDepthLoss
 from mmstructkd.registry import MODELS
 from mmstructkd.structures import Targets
@@ -17,7 +17,7 @@ __all__ = ['OrdinalRelationLoss']
 class OrdinalRelationLoss(SampledDepthLoss):
     """Pairs of pixels shall be ordered in depth as the teacher orders them.
 
-    See :func:`~mmstructkd.functional.depth.ordinal_relation_loss` for the
+    See :func:`~mmstructkd.functional.ordinal_relation.ordinal_relation_loss` for the
     formula. Needs no common scale of the two maps. Tap the depth maps. There is
     no published weight for distillation; Chen et al. train on this loss alone.
 

@@ -7,7 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from mmstructkd.errors import ConfigError, check_count, check_one_of, is_finite_number
-from mmstructkd.functional.affinity import POOLS, check_kernel_size, check_radius, pairwise_affinity_loss
+from mmstructkd.functional.core.pooling import POOLS, check_kernel_size
+from mmstructkd.functional.pairwise_affinity import check_radius, pairwise_affinity_loss
 from mmstructkd.losses.base import DistillLoss
 from mmstructkd.losses.presets import settle
 from mmstructkd.registry import MODELS
@@ -35,7 +36,7 @@ class PairwiseAffinityLoss(DistillLoss):
     r"""Squared distance between the affinities among nodes in student and teacher.
 
     Pair-wise term of Structured Knowledge Distillation (arXiv:1903.04197). See
-    :func:`~mmstructkd.functional.affinity.pairwise_affinity_loss` for the
+    :func:`~mmstructkd.functional.pairwise_affinity.pairwise_affinity_loss` for the
     formula, and what it costs. Tap features (in the paper the last ones before
     the classifier); widths may differ.
 

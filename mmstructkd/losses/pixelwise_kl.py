@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from mmstructkd.errors import check_one_of
-from mmstructkd.functional.divergence import pixelwise_kl_loss
+from mmstructkd.functional.pixelwise_kl import pixelwise_kl_loss
 from mmstructkd.losses.class_targets import ClassMap
 from mmstructkd.losses.presets import settle
 from mmstructkd.losses.softening import SoftenedLoss
@@ -31,7 +31,7 @@ class PixelwiseKLLoss(SoftenedLoss):
 
     Knowledge distillation per pixel, and the pixel-wise term of Structured
     Knowledge Distillation (arXiv:1903.04197). See
-    :func:`~mmstructkd.functional.divergence.pixelwise_kl_loss` for the formula.
+    :func:`~mmstructkd.functional.pixelwise_kl.pixelwise_kl_loss` for the formula.
     Tap class scores of the same classes in both networks, or the rows of scores of
     a box head.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from mmstructkd.errors import check_one_of
-from mmstructkd.functional.reduce import valid_pixels
+from mmstructkd.functional.core.valid import valid_pixels
 from mmstructkd.structures import Targets
 
 __all__ = ['PLACES', 'counting_positions']

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from mmstructkd.connectors import build_connector
 from mmstructkd.errors import ConfigError, check_ndim, check_some_weight
-from mmstructkd.functional.mutual_contrast import prototype_contrast_loss
-from mmstructkd.functional.precision import full_precision
+from mmstructkd.functional.core.precision import full_precision
+from mmstructkd.functional.prototype_contrast import prototype_contrast_loss
 from mmstructkd.losses.seeding import check_seed, seeded
 from mmstructkd.losses.softening import SoftenedLoss
 from mmstructkd.registry import MODELS
@@ -29,7 +29,7 @@ class PrototypeContrastLoss(SoftenedLoss):
 
     Mutual contrastive learning, MCL (AAAI 2022), with the centre of each class in each
     image in the place of an image. See
-    :func:`~mmstructkd.functional.mutual_contrast.prototype_contrast_loss` for the
+    :func:`~mmstructkd.functional.prototype_contrast.prototype_contrast_loss` for the
     formula of the four parts; their published weights 0.1, 0.1, 1 and 1 are the
     defaults here times ``loss_weight``. Positives are centres of the same class in
     other images, so a class must be in two images of the batch; with one image a

@@ -18,11 +18,12 @@ from mmstructkd.errors import (
     check_one_of,
     check_same,
 )
-from mmstructkd.functional.contrast import draw, region_contrast_loss, sinkhorn_loss, wasserstein_contrast_loss
-from mmstructkd.functional.nodes import cell_nodes, check_grid, unit_vectors
-from mmstructkd.functional.precision import full_precision
-from mmstructkd.functional.reduce import mean_of_sum
-from mmstructkd.functional.region import box_average, class_centers
+from mmstructkd.functional.core.nodes import cell_nodes, check_grid, unit_vectors
+from mmstructkd.functional.core.precision import full_precision
+from mmstructkd.functional.core.reduce import mean_of_sum
+from mmstructkd.functional.core.regions import box_average, class_centers
+from mmstructkd.functional.core.sampling import draw
+from mmstructkd.functional.region_contrast import region_contrast_loss, sinkhorn_loss, wasserstein_contrast_loss
 from mmstructkd.losses.seeding import check_seed, seeded
 from mmstructkd.losses.softening import SoftenedLoss
 from mmstructkd.memories import ClassQueue
@@ -91,12 +92,12 @@ class RegionContrastLoss(SoftenedLoss):
     student and dropped from its checkpoint. Tap features; widths may differ.
     The default weight is CRD's, for images of a classifier.
 
-    - ``mode='nce'``: :func:`~mmstructkd.functional.contrast.region_contrast_loss`,
+    - ``mode='nce'``: :func:`~mmstructkd.functional.region_contrast.region_contrast_loss`,
       with a queue of the teacher's regions for more negatives.
     - ``mode='wasserstein'``: global,
-      :func:`~mmstructkd.functional.contrast.wasserstein_contrast_loss` with a
+      :func:`~mmstructkd.functional.region_contrast.wasserstein_contrast_loss` with a
       critic of slope at most 1 that is trained along; plus local,
-      :func:`~mmstructkd.functional.contrast.sinkhorn_loss`. The paper's weights
+      :func:`~mmstructkd.functional.region_contrast.sinkhorn_loss`. The paper's weights
       were not read.
 
     Regions of an image:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from mmstructkd.errors import check_some_weight
-from mmstructkd.functional.relation import relational_loss
+from mmstructkd.functional.relational import relational_loss
 from mmstructkd.losses.node_loss import NodeLoss
 from mmstructkd.registry import MODELS
 from mmstructkd.structures import Targets
@@ -18,7 +18,7 @@ class RelationalLoss(NodeLoss):
     r"""How far distances and angles among nodes are from the teacher's.
 
     Relational knowledge distillation (arXiv:1904.05068). See
-    :func:`~mmstructkd.functional.relation.relational_loss` for the formula. The
+    :func:`~mmstructkd.functional.relational.relational_loss` for the formula. The
     paper's nodes are the embeddings of a batch; in dense tasks a batch is too
     small, and the nodes are cells of each map or centres of its classes (a port
     of ours). Tap features; widths may differ. Weights 25 and 50 are published;

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from mmstructkd.errors import check_finite_number, check_positive
-from mmstructkd.functional.depth import scale_shift_invariant_loss
+from mmstructkd.functional.scale_shift_invariant import scale_shift_invariant_loss
 from mmstructkd.losses.depth_base import DepthLoss
 from mmstructkd.registry import MODELS
 from mmstructkd.structures import Targets
@@ -21,7 +21,7 @@ class ScaleShiftInvariantLoss(DepthLoss):
     """The student's depth shall be the teacher's up to a factor and an offset of each image.
 
     For a teacher whose scale is not to be trusted, or that has none. See
-    :func:`~mmstructkd.functional.depth.scale_shift_invariant_loss` for the
+    :func:`~mmstructkd.functional.scale_shift_invariant.scale_shift_invariant_loss` for the
     formula. Tap the depth maps of both networks. With a teacher of disparity up
     to scale and offset (MiDaS) set ``teacher_output='disparity'``: then one over
     the student's depth is compared with it. MiDaS uses a weight of 1 on

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mmstructkd.functional.relation import similarity_preserving_loss
+from mmstructkd.functional.similarity_preserving import similarity_preserving_loss
 from mmstructkd.losses.node_loss import NodeLoss
 from mmstructkd.losses.presets import settle
 from mmstructkd.registry import MODELS
@@ -23,7 +23,7 @@ class SimilarityPreservingLoss(NodeLoss):
     r"""Squared distance between the rows of the Gram matrices of student and teacher.
 
     Similarity-preserving distillation (arXiv:1907.09682). See
-    :func:`~mmstructkd.functional.relation.similarity_preserving_loss` for the
+    :func:`~mmstructkd.functional.similarity_preserving.similarity_preserving_loss` for the
     formula. Tap features; widths may differ.
 
     ===========  =======  ==========

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from mmstructkd.errors import ConfigError, ShapeError
-from mmstructkd.functional.binary import as_two_classes
+from mmstructkd.functional.core.binary import as_two_classes
 from mmstructkd.losses.base import DistillLoss
 from mmstructkd.structures import Targets
 from mmstructkd.temperatures import Softened, Temperature, build_temperature
@@ -92,7 +92,7 @@ class SoftenedLoss(DistillLoss):
         Returns:
             Student, teacher and the temperature, for the functional core. Scores
             of binary heads come as two classes, see
-            :func:`~mmstructkd.functional.binary.as_two_classes`.
+            :func:`~mmstructkd.functional.core.binary.as_two_classes`.
 
         Raises:
             ShapeError: the temperature divides by the spread of the scores, and

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from mmstructkd.errors import check_flag, check_one_of, check_positive
-from mmstructkd.functional.statistics import OVER, standardized_mse_loss
+from mmstructkd.functional.standardized_mse import OVER, standardized_mse_loss
 from mmstructkd.losses.base import DistillLoss
 from mmstructkd.losses.presets import settle
 from mmstructkd.registry import MODELS
@@ -27,7 +27,7 @@ class StandardizedMSELoss(DistillLoss):
     r"""Squared distance of features whose channels have mean 0 and standard deviation 1.
 
     Normalized Feature Distillation (arXiv:2207.05256) and PKD (arXiv:2207.02039).
-    See :func:`~mmstructkd.functional.statistics.standardized_mse_loss` for the
+    See :func:`~mmstructkd.functional.standardized_mse.standardized_mse_loss` for the
     formula. Tap the last stage of the backbone, the decoder's bottleneck, or the
     levels of a neck; the term puts a 1x1 convolution in front of the student
     where the widths differ.

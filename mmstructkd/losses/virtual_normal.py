@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from mmstructkd.functional.depth import check_camera, check_triangle, virtual_normal_loss
+from mmstructkd.functional.virtual_normal import check_camera, check_triangle, virtual_normal_loss
 from mmstructkd.losses.depth_base import SampledDepthLoss
 from mmstructkd.registry import MODELS
 from mmstructkd.structures import Targets
@@ -19,7 +19,7 @@ class VirtualNormalLoss(SampledDepthLoss):
     """Planes through three far-apart points shall lie in the student's scene as in the teacher's.
 
     Virtual Normal (arXiv:1907.12209), with the teacher's depth for the ground
-    truth. See :func:`~mmstructkd.functional.depth.virtual_normal_loss` for the
+    truth. See :func:`~mmstructkd.functional.virtual_normal.virtual_normal_loss` for the
     formula. Tap the depth maps. The authors add it to a cross-entropy over depth
     bins with a weight of 6. It says nothing about scale: give it a regression
     beside it.

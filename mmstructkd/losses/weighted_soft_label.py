@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from mmstructkd.errors import check_one_of
-from mmstructkd.functional.binary import as_two_classes
-from mmstructkd.functional.logits import weighted_soft_label_loss
+from mmstructkd.functional.core.binary import as_two_classes
+from mmstructkd.functional.weighted_soft_label import weighted_soft_label_loss
 from mmstructkd.losses.class_targets import TARGETS, class_targets
 from mmstructkd.losses.softening import SoftenedLoss
 from mmstructkd.registry import MODELS
@@ -22,7 +22,7 @@ class WeightedSoftLabelLoss(SoftenedLoss):
     r"""Cross-entropy to the teacher's soft labels, weighted where the student lags behind.
 
     Weighted soft labels (arXiv:2102.00650). See
-    :func:`~mmstructkd.functional.logits.weighted_soft_label_loss` for the formula;
+    :func:`~mmstructkd.functional.weighted_soft_label.weighted_soft_label_loss` for the formula;
     it is a cross-entropy and so not 0 on itself. Tap class scores of the same
     classes in both networks. The default weight of 2.5 and temperature of 2 are
     the authors' for ImageNet; they have none for maps. Only labelled pixels count

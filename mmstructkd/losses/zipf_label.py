@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from mmstructkd.errors import ConfigError, ShapeError, check_one_of, is_count
-from mmstructkd.functional.binary import as_two_classes
-from mmstructkd.functional.logits import zipf_label_loss
-from mmstructkd.functional.reduce import nan_unless_finite
+from mmstructkd.functional.core.binary import as_two_classes
+from mmstructkd.functional.core.reduce import nan_unless_finite
+from mmstructkd.functional.zipf_label import zipf_label_loss
 from mmstructkd.losses.base import DistillLoss
 from mmstructkd.losses.class_targets import TARGETS, class_targets
 from mmstructkd.registry import MODELS
@@ -23,7 +23,7 @@ class ZipfLabelLoss(DistillLoss):
 
     Zipf's label smoothing (arXiv:2207.12980), ported from images to maps: the
     pixels of a window vote for its centre. See
-    :func:`~mmstructkd.functional.logits.zipf_label_loss` for the formula. It
+    :func:`~mmstructkd.functional.zipf_label.zipf_label_loss` for the formula. It
     distils a network into itself: **no probabilities of the teacher are used**, at
     most its votes. Tap class scores. The default weight of 0.1 is the authors' for
     CIFAR and ImageNet, 1.0 theirs for TinyImageNet; there is no evidence for maps.

@@ -10,7 +10,7 @@ from torch import Tensor, distributed, nn
 
 from mmstructkd.arguments import checked
 from mmstructkd.errors import ConfigError, ShapeError, check_count, shown
-from mmstructkd.functional.contrast import draw
+from mmstructkd.functional.core.sampling import draw
 
 __all__ = ['ClassQueue']
 

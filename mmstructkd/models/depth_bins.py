@@ -12,8 +12,8 @@ import torch.nn.functional as torch_functional
 from torch import Tensor, nn
 
 from mmstructkd.errors import ConfigError, check_count, check_finite_number, check_one_of, check_positive
-from mmstructkd.functional.precision import full_precision, promote
-from mmstructkd.functional.reduce import masked_mean
+from mmstructkd.functional.core.precision import full_precision, promote
+from mmstructkd.functional.core.reduce import masked_mean
 from mmstructkd.models.depth_losses import check_loss_name
 from mmstructkd.registry import MODELS
 

@@ -19,7 +19,7 @@ from mmseg.registry import MODELS as MMSEG_MODELS
 from torch import Tensor, nn
 
 from mmstructkd.errors import ConfigError, ShapeError, check_count, check_finite_number, check_flag, is_count
-from mmstructkd.functional.depth import depth_readings
+from mmstructkd.functional.core.depth import depth_readings
 from mmstructkd.layers import check_layers
 from mmstructkd.registry import build_part
 

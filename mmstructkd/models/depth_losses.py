@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mmstructkd.errors import ConfigError, check_finite_number, check_positive
-from mmstructkd.functional.depth import depth_l1_loss, silog_loss
+from mmstructkd.functional.depth_regression import depth_l1_loss, silog_loss
 from mmstructkd.registry import MODELS
 
 __all__ = ['DepthL1Loss', 'DepthSILogLoss']
@@ -46,7 +46,7 @@ class _DepthLoss(nn.Module):
 class DepthL1Loss(_DepthLoss):
     """Mean distance to the ground truth in metres, over its readings.
 
-    See :func:`~mmstructkd.functional.depth.depth_l1_loss`.
+    See :func:`~mmstructkd.functional.depth_regression.depth_l1_loss`.
 
     Args:
         loss_weight: factor of the loss, finite and at least 0.
@@ -74,7 +74,7 @@ class DepthL1Loss(_DepthLoss):
 class DepthSILogLoss(_DepthLoss):
     """Scale-invariant logarithmic distance to the ground truth, over its readings.
 
-    See :func:`~mmstructkd.functional.depth.silog_loss`. With its root, as mmseg's
+    See :func:`~mmstructkd.functional.depth_regression.silog_loss`. With its root, as mmseg's
     ``SiLogLoss``; differs from that in two cases that make its gradient NaN: an
     image without a reading leaves the mean, an image hit exactly has gradient 0.
 

@@ -10,7 +10,7 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 
 from mmstructkd.errors import ConfigError, ShapeError, check_count, shown
-from mmstructkd.functional.resize import resize_map
+from mmstructkd.functional.core.resize import resize_map
 from mmstructkd.layers import check_layers
 from mmstructkd.registry import MODELS
 

@@ -10,7 +10,7 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 
 from mmstructkd.errors import ConfigError, check_flag
-from mmstructkd.functional.resize import resize_map
+from mmstructkd.functional.core.resize import resize_map
 from mmstructkd.registry import MODELS, build_part
 
 __all__ = ['ResidualBackbone']

@@ -163,9 +163,7 @@ class StreamSet(Mapping[str, Stream]):
         return scores
 
 
-def _observe(
-    run_student: RunStudent, teacher: TeacherSource, batch: StreamBatch, terms: Sequence[Term]
-) -> Observation:
+def _observe(run_student: RunStudent, teacher: TeacherSource, batch: StreamBatch, terms: Sequence[Term]) -> Observation:
     """Run both networks on a batch of a stream."""
     teacher_taps = [tap for term in terms for tap in term.teacher_taps]
     student_taps = list(dict.fromkeys([tap for term in terms for tap in term.student_taps]))

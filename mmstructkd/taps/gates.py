@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from mmstructkd.functional.softening import scale_gradient
+from mmstructkd.functional.core.softening import scale_gradient
 
 __all__ = ['Gates', 'before_gate']
 

@@ -13,7 +13,7 @@ from mmengine.structures import BaseDataElement
 from torch import Tensor, nn
 
 from mmstructkd.errors import ShapeError
-from mmstructkd.functional.resize import resize_labels, resize_mask
+from mmstructkd.functional.core.resize import resize_labels, resize_mask
 from mmstructkd.structures import Targets
 from mmstructkd.tasks.area import valid_area
 

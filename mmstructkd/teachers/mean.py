@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mmstructkd.errors import ConfigError, TapError, check_finite_number, check_one_of, suggest
-from mmstructkd.functional.score_fusion import CONFIDENCES, FUSED, fuse_scores
+from mmstructkd.functional.core.score_fusion import CONFIDENCES, FUSED, fuse_scores
 from mmstructkd.registry import MODELS
 from mmstructkd.structures import Targets
 from mmstructkd.taps import Regions, Tap
@@ -27,7 +27,7 @@ class TeacherMean(TeacherSource):
     of=dict(big=0.7, wide=0.3)))`` and ``tap=dict(student='decode_head.conv_seg',
     teacher='both.decode_head.conv_seg')``. With ``confidence`` each pixel weighs a
     teacher by how sure it is there. See
-    :func:`~mmstructkd.functional.score_fusion.fuse_scores` for the formula.
+    :func:`~mmstructkd.functional.core.score_fusion.fuse_scores` for the formula.
 
     Args:
         of: weight of each member by name, at least two of them.

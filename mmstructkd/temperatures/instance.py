@@ -10,10 +10,9 @@ import torch.nn.functional as torch_functional
 from torch import Tensor, nn
 
 from mmstructkd.errors import ConfigError, ShapeError, check_count, check_finite_number, check_one_of, check_positive
-from mmstructkd.functional.instance_temperature import bounded_temperature
-from mmstructkd.functional.precision import full_precision
-from mmstructkd.functional.reduce import valid_pixels
-from mmstructkd.functional.softening import scale_gradient
+from mmstructkd.functional.core.precision import full_precision
+from mmstructkd.functional.core.softening import bounded_temperature, scale_gradient
+from mmstructkd.functional.core.valid import valid_pixels
 from mmstructkd.registry import MODELS
 from mmstructkd.temperatures.base import Progress, Softened, Temperature, check_temperature_range
 from mmstructkd.temperatures.learnable import PUBLISHED_SHARE

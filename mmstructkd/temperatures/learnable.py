@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mmstructkd.errors import check_finite_number, check_positive
-from mmstructkd.functional.softening import scale_gradient
+from mmstructkd.functional.core.softening import scale_gradient
 from mmstructkd.registry import MODELS
 from mmstructkd.temperatures.base import Progress, Softened, Temperature, check_temperature_range
 

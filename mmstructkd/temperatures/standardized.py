@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from mmstructkd.functional.softening import standardize_logits
+from mmstructkd.functional.core.softening import standardize_logits
 from mmstructkd.registry import MODELS
 from mmstructkd.temperatures.base import Softened, Temperature, check_temperature_range
 
@@ -18,7 +18,7 @@ class StandardizedTemperature(Temperature):
     Logit standardisation (Logit Standardization in Knowledge Distillation,
     CVPR 2024, arXiv:2403.01427), for student and teacher apart, at each position:
     the student follows the relations of the teacher's scores and not their scale.
-    See :func:`~mmstructkd.functional.softening.standardize_logits`. The published
+    See :func:`~mmstructkd.functional.core.softening.standardize_logits`. The published
     weights are large (9 at temperature 2), since the gradient shrinks with the
     spread.
 

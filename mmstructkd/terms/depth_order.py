@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from mmstructkd.errors import ConfigError
-from mmstructkd.functional.resize import resize_labels, resize_mask
-from mmstructkd.functional.sampling import draw_positions
+from mmstructkd.functional.core.resize import resize_labels, resize_mask
+from mmstructkd.functional.core.sampling import draw_positions
 from mmstructkd.losses.base import DistillLoss
 from mmstructkd.structures import Targets
 

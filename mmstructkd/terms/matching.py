@@ -160,9 +160,7 @@ def widths_in_classes(widths: tuple[int, int], classes: Classes) -> tuple[int, i
     return student, teacher
 
 
-def scores_of_other_classes(
-    student: Tensor, teacher: Tensor, classes: Classes, *, are_scores: bool = False
-) -> bool:
+def scores_of_other_classes(student: Tensor, teacher: Tensor, classes: Classes, *, are_scores: bool = False) -> bool:
     """Whether two tensors have other widths because they are scores over other classes.
 
     Per position: one score a class, one a class and anchor, or one more for

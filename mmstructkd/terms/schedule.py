@@ -19,7 +19,7 @@ from mmstructkd.errors import (
     shown,
     suggest,
 )
-from mmstructkd.functional.schedules import exponential_factor
+from mmstructkd.functional.core.schedules import exponential_factor
 
 __all__ = ['WeightSchedule']
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from mmstructkd.errors import ConfigError, TapError, check_one_of, prefix_errors
-from mmstructkd.functional.resize import resize_map
-from mmstructkd.functional.sharing import once
+from mmstructkd.functional.core.resize import resize_map
+from mmstructkd.functional.core.sharing import once
 from mmstructkd.losses.base import DistillLoss
 from mmstructkd.losses.positions import PLACES
 from mmstructkd.structures import Targets

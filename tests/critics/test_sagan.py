@@ -8,7 +8,7 @@ from torch import nn
 
 from mmstructkd.critics import SAGANCritic, SpatialSelfAttention
 from mmstructkd.errors import ConfigError, ShapeError
-from mmstructkd.functional.adversarial import gradient_penalty
+from mmstructkd.functional.holistic import gradient_penalty
 from mmstructkd.registry import MODELS
 
 

@@ -4,14 +4,9 @@ import pytest
 import torch
 
 from mmstructkd.errors import ConfigError, ShapeError
-from mmstructkd.functional.blending import (
-    blend,
-    blended_cross_entropy_loss,
-    blended_feature_loss,
-    blended_kl_losses,
-)
+from mmstructkd.functional.blending import blend, blended_cross_entropy_loss, blended_feature_loss, blended_kl_losses
 from mmstructkd.functional.cross_entropy import cross_entropy_loss
-from mmstructkd.functional.divergence import pixelwise_kl_loss
+from mmstructkd.functional.pixelwise_kl import pixelwise_kl_loss
 from tests.functional import checks
 from tests.reference import blending as reference
 

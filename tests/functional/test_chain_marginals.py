@@ -5,7 +5,7 @@ import torch
 
 from mmstructkd.errors import ConfigError, ShapeError
 from mmstructkd.functional.chain_marginals import chain_cross_entropy_loss, chain_marginals
-from mmstructkd.functional.divergence import pixelwise_kl_loss
+from mmstructkd.functional.pixelwise_kl import pixelwise_kl_loss
 from tests.functional import checks
 from tests.reference import marginals as reference
 

@@ -6,12 +6,12 @@ import torch
 from mmstructkd.errors import ConfigError, ShapeError
 from mmstructkd.functional import (
     memory_kl_loss,
-    nodes,
     region_contrast_loss,
     sinkhorn_loss,
     wasserstein_contrast_loss,
 )
-from mmstructkd.functional.contrast import draw, hashed_uniform
+from mmstructkd.functional.core import nodes
+from mmstructkd.functional.core.sampling import draw, hashed_uniform
 from tests.reference import contrast as reference
 
 CLASSES = torch.tensor([0, 1, 1, 2, 0])

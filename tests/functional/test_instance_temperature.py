@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from mmstructkd.errors import ConfigError, ShapeError
-from mmstructkd.functional.divergence import pixelwise_kl_loss
-from mmstructkd.functional.instance_temperature import bounded_temperature, instance_temperature_kl_loss
+from mmstructkd.functional.core.softening import bounded_temperature
+from mmstructkd.functional.pixelwise_kl import instance_temperature_kl_loss, pixelwise_kl_loss
 from tests.functional import checks
 from tests.reference import soft_target as reference
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from mmstructkd.errors import ConfigError, ShapeError
-from mmstructkd.functional.divergence import pixelwise_kl_loss
 from mmstructkd.functional.mutual_kl import mutual_kl_losses
+from mmstructkd.functional.pixelwise_kl import pixelwise_kl_loss
 from tests.functional import checks
 from tests.reference import soft_target as reference
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mmstructkd.errors import ConfigError, ShapeError
-from mmstructkd.functional.divergence import pixelwise_kl_loss
+from mmstructkd.functional.pixelwise_kl import pixelwise_kl_loss
 from mmstructkd.functional.query_marginals import pool_probabilities, query_marginals
 from tests.reference import marginals as reference
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from mmstructkd.errors import ConfigError, ShapeError
+from mmstructkd.functional.core.resize import resize_map
 from mmstructkd.functional.refinement import fuse_maps, refine_pyramid
-from mmstructkd.functional.resize import resize_map
 
 
 def scaled(factor):

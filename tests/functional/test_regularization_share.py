@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mmstructkd.errors import ShapeError
-from mmstructkd.functional.divergence import pixelwise_kl_loss
+from mmstructkd.functional.pixelwise_kl import pixelwise_kl_loss
 from mmstructkd.functional.regularization_share import regularization_share
 from tests.functional import checks
 from tests.reference.logits import probabilities, rows_of

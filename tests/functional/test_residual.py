@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from mmstructkd.errors import ShapeError
+from mmstructkd.functional.feature_mse import feature_mse_loss
 from mmstructkd.functional.residual import residual_loss
-from mmstructkd.functional.statistics import feature_mse_loss
 from tests.functional import checks
 from tests.reference import feature_pairs as reference
 

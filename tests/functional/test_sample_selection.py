@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mmstructkd.errors import ConfigError, ShapeError
-from mmstructkd.functional.cross_entropy import label_losses
+from mmstructkd.functional.core.scores import label_losses
 from mmstructkd.functional.sample_selection import (
     confident_pixels,
     filter_by_quantile,

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from mmstructkd.errors import ConfigError, ShapeError
-from mmstructkd.functional.cross_entropy import cross_entropy_loss, label_losses
-from mmstructkd.functional.divergence import pixelwise_kl_loss
+from mmstructkd.functional.core.scores import label_losses
+from mmstructkd.functional.cross_entropy import cross_entropy_loss
+from mmstructkd.functional.pixelwise_kl import pixelwise_kl_loss
 from mmstructkd.functional.soft_target import constrained_soft_target, next_multiplier, soft_target_loss
 from tests.functional import checks
 from tests.reference import soft_target as reference

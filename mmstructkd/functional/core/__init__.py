@@ -1,0 +1,1 @@
+"""What several losses share and none is: no module in here knows a loss."""
