@@ -47,12 +47,12 @@ from mmstructkd.functional.local_structure import local_structure_loss
 from mmstructkd.functional.localization_kl import edge_confidence, localization_kl_loss
 from mmstructkd.functional.mean_discrepancy import mean_discrepancy_loss
 from mmstructkd.functional.memory_contrast import memory_kl_loss
-from mmstructkd.functional.prototype_contrast import MutualContrast, mutual_contrast_losses, prototype_contrast_loss
 from mmstructkd.functional.mutual_kl import mutual_kl_losses
 from mmstructkd.functional.ordinal_relation import ordinal_relation_loss
 from mmstructkd.functional.pairwise_affinity import pairwise_affinity_loss
 from mmstructkd.functional.pixel_similarity import attention_residuals, pixel_similarity_loss
 from mmstructkd.functional.pixelwise_kl import instance_temperature_kl_loss, pixelwise_kl_loss
+from mmstructkd.functional.prototype_contrast import MutualContrast, mutual_contrast_losses, prototype_contrast_loss
 from mmstructkd.functional.query_marginals import pool_probabilities, query_marginals
 from mmstructkd.functional.refinement import fuse_maps, refine_pyramid
 from mmstructkd.functional.region_contrast import region_contrast_loss, sinkhorn_loss, wasserstein_contrast_loss
