@@ -42,6 +42,11 @@ class TeacherWrapper(TeacherSource):
         return self.wrapped.reads
 
     @property
+    def beside(self) -> tuple[Tap, ...]:  # type: ignore[override]
+        """Those of the wrapped teacher."""
+        return self.wrapped.beside
+
+    @property
     def follows(self) -> bool:  # type: ignore[override]
         """Whether the wrapped teacher does."""
         return self.wrapped.follows
@@ -85,6 +90,14 @@ class TeacherWrapper(TeacherSource):
     def unwrapped(self) -> TeacherSource:
         """The teacher itself."""
         return self.wrapped.unwrapped
+
+    def join(self, name: str, members: Mapping[str, TeacherSource]) -> None:
+        """Introduce the wrapped teacher to the others."""
+        self.wrapped.join(name, members)
+
+    def begin(self, student: nn.Module) -> None:
+        """Tell the wrapped teacher."""
+        self.wrapped.begin(student)
 
     def attach(self, student: nn.Module, config: Mapping[str, Any] | None = None) -> None:
         """Introduce the wrapped teacher to the student."""
