@@ -221,6 +221,14 @@ def use_neck(neck: nn.Module) -> None:
     assert all(level.isfinite().all() for level in out)
 
 
+def use_fusion_neck(neck: nn.Module) -> None:
+    sizes = [16 >> level for level in range(len(neck.widths))]
+    out = neck(
+        [[torch.randn(2, width, n, n) for width in widths] for widths, n in zip(neck.widths, sizes, strict=True)]
+    )
+    assert all(level.isfinite().all() for level in out)
+
+
 def use_stream(stream: Stream) -> None:
     batch = toy_batch(2, (32, 32))
     others = {'inputs': batch['inputs'], 'data_samples': batch['data_samples']}
@@ -282,6 +290,7 @@ ALONE: dict[str, tuple[dict[str, Any], Callable[[Any], None]]] = {
     'TeacherGroup': (dict(a=SMALL_TEACHER), use_group),
     'ResidualBackbone': (dict(base=toy_segmentor(2).backbone, assistant=toy_segmentor(2).backbone), use_backbone),
     'RefinementNeck': (dict(in_channels=[4, 4]), use_neck),
+    'FusionNeck': (dict(in_channels=[[4, 4], [4, 4]]), use_fusion_neck),
     'DataStream': ({}, use_stream),
     'MixedStream': ({}, use_stream),
     'TurnedStream': ({}, use_stream),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mmstructkd.connectors import build_connector
-from mmstructkd.errors import ConfigError, check_ndim, check_some_weight
+from mmstructkd.errors import MAX_CLASSES, ConfigError, check_count, check_ndim, check_some_weight
 from mmstructkd.functional.core.precision import full_precision
 from mmstructkd.functional.prototype_contrast import prototype_contrast_loss
 from mmstructkd.losses.seeding import check_seed, seeded
@@ -112,6 +112,8 @@ class PrototypeContrastLoss(SoftenedLoss):
         check_some_weight(owner, **weights)
         check_temperature_range(owner, 'kd_temperature', kd_temperature)
         check_seed(owner, seed)
+        if num_classes is not None:
+            check_count(owner, 'num_classes', num_classes, maximum=MAX_CLASSES)
         self.weights = tuple(float(weight) for weight in weights.values())
         self.kd_temperature = float(kd_temperature)
         self.num_classes = num_classes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from mmcv.cnn import ConvModule
@@ -15,6 +16,8 @@ from mmstructkd.layers import check_layers
 from mmstructkd.registry import MODELS
 
 __all__ = ['FusionNeck']
+
+MAX_WIDTH = 2**14
 
 
 @MODELS.register_module()
@@ -52,9 +55,14 @@ class FusionNeck(BaseModule):
         super().__init__()
         owner = type(self).__name__
         norm_cfg = dict(type='BN') if norm_cfg is None else dict(norm_cfg)
+        if not _is_list(in_channels) or not all(_is_list(widths) for widths in in_channels):
+            raise ConfigError(
+                f'{owner}: `in_channels` must be a list with a list of widths for each level, got {shown(in_channels)}.'
+            )
         for widths in in_channels:
             for width in widths:
-                check_count(owner, 'in_channels', width)
+                check_count(owner, 'in_channels', width, maximum=MAX_WIDTH)
+        self.widths = tuple(tuple(widths) for widths in in_channels)
         number = len(in_channels)
         wanted = list(range(number)) if levels is None else list(levels)
         if not wanted or not all(isinstance(level, int) and -number <= level < number for level in wanted):
@@ -98,3 +106,8 @@ class FusionNeck(BaseModule):
                 first = fusion(whole)
             out.append(first)
         return tuple(out)
+
+
+def _is_list(value: Any) -> bool:
+    """Whether a config's value is a list with something in it."""
+    return isinstance(value, (list, tuple)) and len(value) > 0
