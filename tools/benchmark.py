@@ -12,6 +12,7 @@ turn (A B C A B C ...), with a warm-up; medians, quartiles and ratios:
     python tools/benchmark.py --out work_dirs/benchmark               # pairs of networks
     python tools/benchmark.py --losses --out work_dirs/benchmark      # each loss alone
     python tools/benchmark.py --gradients CONFIG                      # what the options change
+    python tools/benchmark.py --kinds seg --out work_dirs/benchmark   # a step with each kind of teacher
     python tools/benchmark.py --check --out work_dirs/benchmark       # what looking for NaN adds to a step
     python tools/benchmark.py --report docs/benchmarks.md work_dirs/benchmark/*.json
 
@@ -36,6 +37,7 @@ os.environ.setdefault('KINETO_LOG_LEVEL', '9')  # the profiler's chatter, before
 
 import benchmark_check as check
 import benchmark_gradients as gradients
+import benchmark_kinds as kinds
 import benchmark_losses as losses
 import benchmark_measure as measure
 import benchmark_pairs as arms
@@ -58,10 +60,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         '--gradients', metavar='CONFIG', help="what the teacher's options change in the gradients of this config"
     )
     parser.add_argument('--check', action='store_true', help='what looking for NaN before each update adds to a step')
+    parser.add_argument(
+        '--kinds', nargs='+', choices=list(kinds.TASKS), help='a step with each kind of teacher of these tasks'
+    )
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, help='with --gradients: overrides, key=value')
     parser.add_argument('--pairs', nargs='+', choices=names, default=names, help='default: all')
     parser.add_argument('--arms', nargs='+', choices=arms.ARMS, default=list(arms.ARMS), help='default: all')
-    parser.add_argument('--only', nargs='+', choices=list(losses.CASES), help='with --losses: these')
+    parser.add_argument('--only', nargs='+', metavar='NAME', help='with --losses or --kinds: these')
     parser.add_argument('--device', choices=['cpu', 'cuda'], default='cpu')
     parser.add_argument('--precision', nargs='+', choices=['fp32', 'amp'], help='default: fp32; on cuda both')
     parser.add_argument('--batch-size', type=int, help="images a step (default: the pair's)")
@@ -79,6 +84,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error('--rounds must be above 0, and --warmup 0 or more')
     if args.report is not None and len(args.report) < 2:
         parser.error('--report takes the page and at least one JSON file')
+    if args.losses and not set(args.only or ()) <= set(losses.CASES):
+        parser.error(f'--only must name losses of {list(losses.CASES)}, got {args.only}')
     args.precision = args.precision or (['fp32', 'amp'] if args.device == 'cuda' else ['fp32'])
     return args
 
@@ -170,7 +177,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
-    kind = 'gradients' if args.gradients else 'losses' if args.losses else 'check' if args.check else 'pairs'
+    asked = dict(gradients=args.gradients, losses=args.losses, check=args.check, kinds=args.kinds)
+    kind = next((name for name, value in asked.items() if value), 'pairs')
     results: dict[str, Any] = dict(kind=kind, quick=args.quick)
     results['command'] = shlex.join(['python', 'tools/benchmark.py', *(sys.argv[1:] if argv is None else argv)])
     results['environment'] = measure.environment(args.device)
@@ -187,6 +195,22 @@ def main(argv: Sequence[str] | None = None) -> int:
                 found = losses.measure(name, size, device=args.device, rounds=args.rounds, warmup=args.warmup)
                 results['losses'].append(found)
                 print(f'{name} at {size}', flush=True)
+        stem = save(results, args.out)
+    elif args.kinds:
+        results['kinds'] = []
+        for precision in args.precision:
+            for task in args.kinds:
+                found = kinds.measure(
+                    task,
+                    kinds.check_kinds(task, args.only),
+                    device=args.device,
+                    amp=precision == 'amp',
+                    batch_size=args.batch_size or 2,
+                    size=tuple(args.size or (128, 128)),
+                    rounds=args.rounds,
+                    warmup=args.warmup,
+                )
+                results['kinds'].append(found)
         stem = save(results, args.out)
     elif args.check:
         results['checks'] = []

@@ -9,6 +9,7 @@ from typing import Any
 import matplotlib
 
 matplotlib.use('Agg')
+import benchmark_kinds as kinds
 import matplotlib.pyplot as plt
 from benchmark_measure import spread
 from benchmark_pairs import BARE, MMRAZOR, OURS, STUDENT
@@ -202,6 +203,14 @@ def _checks(found: Sequence[dict[str, Any]]) -> str:
     return markdown_table([heads, *rows], aligned=False)
 
 
+def _kinds(entry: dict[str, Any]) -> str:
+    """The table of what a step costs with each kind of teacher, for one task."""
+    height, width = entry['size']
+    title = f'{entry["task"]}: {entry["batch_size"]} images of {height}x{width}, {entry["precision"]}'
+    heads = ('kind', 'trained', 'seconds a step', 'over the student alone', 'quartiles')
+    return f'{title}\n\n' + markdown_table([heads, *kinds.rows(entry)], aligned=False)
+
+
 def text(results: dict[str, Any]) -> str:
     """All tables of one run, in Markdown.
 
@@ -224,6 +233,8 @@ def text(results: dict[str, Any]) -> str:
         parts.append(_losses(results))
     elif results['kind'] == 'check':
         parts.append(_checks(results['checks']))
+    elif results['kind'] == 'kinds':
+        parts += [_kinds(entry) for entry in results['kinds']]
     else:
         parts += [_pair(entry) for entry in results['pairs']]
     if results['targets']:
@@ -256,6 +267,9 @@ def draw(results: dict[str, Any], path: Path) -> None:
         return
     if results['kind'] == 'check':
         _draw_checks(results['checks'], path)
+        return
+    if results['kind'] == 'kinds':
+        _draw_kinds(results['kinds'], path)
         return
     entries = results['pairs']
     height = sum(len(entry['arms']) for entry in entries) * 0.3 + len(entries) * 0.8
@@ -311,6 +325,29 @@ def _draw_checks(found: Sequence[dict[str, Any]], path: Path) -> None:
     plt.close(figure)
 
 
+def _draw_kinds(found: Sequence[dict[str, Any]], path: Path) -> None:
+    """A bar for each kind of teacher, one panel a task."""
+    heights = [len(entry['kinds']) for entry in found]
+    figure, axes = plt.subplots(
+        len(found),
+        1,
+        figsize=(8, 0.3 * sum(heights) + len(found)),
+        squeeze=False,
+        layout='constrained',
+        height_ratios=heights,
+    )
+    for axis, entry in zip(axes[:, 0], found, strict=True):
+        over = {name: kind['ratio'] for name, kind in reversed(entry['kinds'].items())}
+        spreads = [[r['median'] - r['low'] for r in over.values()], [r['high'] - r['median'] for r in over.values()]]
+        axis.barh(list(over), [r['median'] for r in over.values()], xerr=spreads, color='#4c72b0', capsize=2)
+        axis.axvline(1, color='black', linewidth=0.5)
+        axis.set_title(f'{entry["task"]}, {entry["precision"]}', fontsize=9)
+        axis.tick_params(labelsize=8)
+    axes[-1, 0].set_xlabel('seconds a step over the student alone (median, quartiles)')
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
 def _draw_losses(results: dict[str, Any], path: Path) -> None:
     """Time and extra memory over the size, one column a loss."""
     names = list(dict.fromkeys(entry['loss'] for entry in results['losses']))
@@ -358,6 +395,7 @@ def write_page(page: Path, runs: Sequence[dict[str, Any]]) -> None:
             'losses': 'Each loss alone',
             'gradients': 'What the options change',
             'check': 'What looking for NaN adds',
+            'kinds': 'A step with each kind of teacher',
         }[run['kind']]
         parts.append(f'## {what}: {run["environment"]["device"]}\n\n{text(run)}')
     before, rest = old.split(BEGIN, 1)

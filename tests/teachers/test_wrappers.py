@@ -34,7 +34,7 @@ def teachers_of(model: dict) -> dict[str, dict]:
 
 
 def wrapped(kind: str, why_not: dict[str, str], **options: Any) -> tuple[dict, str | None]:
-    """The model of a kind with options of each teacher that takes them, or of one that does not; and why it does not."""
+    """The model of a kind with options of each teacher that takes them, or of one that does not and why not."""
     model = copy.deepcopy(model_of(kind))
     teachers = teachers_of(model)
     types = {name: one.get('type', 'mmstructkd.FrozenTeacher').rpartition('.')[2] for name, one in teachers.items()}

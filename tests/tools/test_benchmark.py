@@ -134,6 +134,29 @@ def test_what_looking_for_nan_adds(load: Callable, tmp_path: Path) -> None:
     assert (tmp_path / 'check_cpu.png').stat().st_size > 1000
 
 
+def test_a_step_with_each_kind_of_teacher(load: Callable, tmp_path: Path) -> None:
+    """A twin, a stream of data and a route: each is built as its config says, and steps."""
+    wanted = ['frskd', 'mean-teacher', 'rco_upernet-r18-w32']
+    arguments = ['--kinds', 'seg', '--only', *wanted, '--rounds', '2', '--warmup', '0', '--size', '64', '64']
+    assert load('benchmark').main([*arguments, '--out', str(tmp_path)]) == 0
+    results = json.loads((tmp_path / 'kinds_cpu.json').read_text())
+    found = results['kinds'][0]['kinds']
+    assert list(found) == ['student alone', *wanted]
+    assert found['student alone']['ratio']['runs'] == [1, 1]
+    assert found['frskd']['parameters'] > found['student alone']['parameters'] == found['mean-teacher']['parameters']
+    text = load('benchmark_report').text(results)
+    assert all(f'| {name} |' in text for name in found)
+    assert (tmp_path / 'kinds_cpu.png').stat().st_size > 1000
+
+
+def test_kinds_that_there_are(load: Callable) -> None:
+    kinds = load('benchmark_kinds')
+    shipped = {path.stem for path in (ROOT / 'configs' / 'teachers').glob('*.py')}
+    assert {f'{name}{kinds.TASKS[task][0]}' for task in kinds.TASKS for name in kinds.known_kinds(task)} == shipped
+    with pytest.raises(ConfigError, match="`--only` must name kinds of .*got \\['frskdd'\\]"):
+        kinds.check_kinds('seg', ['frskdd'])
+
+
 def test_what_options_change(load: Callable, tmp_path: Path) -> None:
     teacher = MODELS.build(toy_segmentor(8))
     torch.save(teacher.state_dict(), tmp_path / 'teacher.pth')
