@@ -25,6 +25,7 @@ from tests.teachers.kinds import SCORES, build, frozen, peer
 HEIGHT, WIDTH = 4, 6
 #: Where the pixel at (y, x) of an image of (h, w) comes from.
 SOURCES = {
+    'none': lambda y, x, h, w: (y, x),
     'half': lambda y, x, h, w: (h - 1 - y, w - 1 - x),
     'flip': lambda y, x, h, w: (y, w - 1 - x),
     'flip_half': lambda y, x, h, w: (h - 1 - y, x),
@@ -101,7 +102,7 @@ def check_turned(turns: tuple[str, ...], sizes: list[tuple[int, int]]) -> None:
 
 
 @pytest.mark.parametrize('sizes', [WHOLE, PADDED])
-@pytest.mark.parametrize('turns', [('half',), ('flip',), ('flip_half',), ('flip_half', 'half', 'flip')])
+@pytest.mark.parametrize('turns', [('half',), ('flip',), ('flip_half',), ('flip_half', 'half', 'flip'), ('none', 'half')])
 def test_turned_images_have_what_is_known_turned_with_them(turns: tuple[str, ...], sizes: list) -> None:
     check_turned(turns, sizes)
 
