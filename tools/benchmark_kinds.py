@@ -1,4 +1,4 @@
-"""What a step costs with each kind of teacher: the shipped configs of ``configs/teachers``, beside the student alone."""
+"""What a step costs with each kind of teacher: the configs of ``configs/teachers``, beside the student alone."""
 
 from __future__ import annotations
 

@@ -12,26 +12,19 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from mmengine.config import ConfigDict
-from mmengine.logging import print_log
 from mmengine.model import BaseDataPreprocessor, BaseModel
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
-from mmstructkd.checkpoints import IN_CONFIG, local_checkpoint, read_checkpoint, trusts
+from mmstructkd.distillers.fitting import fit_terms, no_gradient
 from mmstructkd.distillers.probing import (
-    Probe,
     as_one_process,
     check_probe_size,
-    explain_cut,
-    no_size_works,
-    on_device,
-    probe_devices,
-    probe_sizes,
-    probe_student,
 )
 from mmstructkd.distillers.stages import Stage, compile_terms, freeze_statistics, parse_stages, stage_at
 from mmstructkd.distillers.step_record import Fault, StepRecord, explain
-from mmstructkd.errors import CheckpointError, ConfigError, TapError, check_finite_number, shown
+from mmstructkd.distillers.training_state import carry_terms, restore, state_of
+from mmstructkd.errors import ConfigError, TapError, check_finite_number, shown
 from mmstructkd.functional.core.sharing import sharing
 from mmstructkd.optim import for_distiller
 from mmstructkd.registry import HOOKS, MODELS, build_part
@@ -40,38 +33,33 @@ from mmstructkd.streams import LABELLED, StreamBatch, StreamSet, TrainingBatch
 from mmstructkd.structures import Targets
 from mmstructkd.taps import (
     Capture,
-    ForwardFailed,
     Gates,
     Observation,
     RegionRecorder,
     Tap,
     in_features,
-    in_point_head,
     pair_stages,
+    read_gates,
     recorded_points,
     tapped_forward,
     with_points,
 )
 from mmstructkd.tasks.batches import training_info
-from mmstructkd.tasks.resizing import check_scale, scale_images
+from mmstructkd.tasks.resizing import check_student_scale, scale_images
 from mmstructkd.tasks.targets import (
     branches_of,
     collect_targets,
-    head_of,
-    num_classes_of,
-    probe_targets,
     task_of,
 )
 from mmstructkd.teachers import TeacherGroup, TeacherSource
 from mmstructkd.teachers.building import build_source
 from mmstructkd.teachers.trained import scale_losses
-from mmstructkd.terms import ProbedNetworks, Term, WeightSchedule, fit_to_probe, parse_terms
+from mmstructkd.terms import Term, WeightSchedule, parse_terms
 from mmstructkd.terms.reading import TERM_KEYS
 
 __all__ = ['StructuredDistiller']
 
 STUDENT = 'student.'
-STATE = 'mmstructkd'  # where StudentCheckpointHook puts what only training needs
 STUDENT_KEYS = (
     *('backbone', 'neck', 'decode_head', 'auxiliary_head', 'bbox_head', 'rpn_head', 'roi_head', 'mask_head'),
     *('train_cfg', 'test_cfg', 'pretrained', 'init_cfg'),
@@ -178,7 +166,6 @@ class StructuredDistiller(BaseModel):
         student_scale: float = 1.0,
     ) -> None:
         probe_size = check_probe_size(probe_size)
-        self_scale = check_scale('StructuredDistiller', 'student_scale', student_scale)
         check_finite_number('StructuredDistiller', 'task_weight', task_weight, minimum=0)
         self_config = None
         if isinstance(student, dict):
@@ -208,14 +195,13 @@ class StructuredDistiller(BaseModel):
                 f'{shown(training_state_from)}.'
             )
         self.training_state_from = training_state_from
-        self.student_scale = self_scale
-        self._check_student_scale()
+        self.student_scale = check_student_scale('StructuredDistiller', student_scale, task_of(self.student))
         with random_state_kept():
             self.terms = parse_terms(terms)
             self._check_student_taps()
             self.stages = parse_stages(stages, self.terms, self.student)
             compile_terms(self.stages, self.terms)
-            self.gates = self._gate_names(gates)
+            self.gates = read_gates('StructuredDistiller', gates, self.student)
             self.stage: Stage | None = stage_at(self.stages, 0)
             self._stages = pair_stages((t.name, t.student_taps, t.teacher_taps) for t in self.terms.values())
             for term in self.terms.values():
@@ -224,24 +210,10 @@ class StructuredDistiller(BaseModel):
             self._teacher.attach(self.student, self_config)
             self.streams.check_terms(self.terms.values())
             with as_one_process(), training_info():
-                self._probe(probe_size)
+                self._clone = fit_terms(self.student, self._teacher, self.terms, probe_size, self.gates)
         # What trains beside the student, or is kept from step to step: owned as the terms are.
         self.companion = self._teacher.trained if self._teacher.trained is not None else nn.Module()
         self.register_state_dict_post_hook(_keep_student_only)
-
-    def _check_student_scale(self) -> None:
-        """A smaller input is for tasks whose labels are maps."""
-        if self.student_scale > 1:
-            raise ConfigError(
-                f'StructuredDistiller: `student_scale` must be at most 1, got {self.student_scale:g}. For a student '
-                'that sees more than its teacher, load larger images and rescale for the teacher with a ViewTeacher.'
-            )
-        if self.student_scale < 1 and task_of(self.student) == 'det':
-            raise ConfigError(
-                f'StructuredDistiller: `student_scale` must be 1 for a detector, got {self.student_scale:g}. Boxes '
-                'would have to shrink with the image, and small objects fall below its strides and anchors. Resize in '
-                'the pipeline, for both.'
-            )
 
     def _for_student(self, inputs: Tensor, targets: Targets) -> tuple[Tensor, Targets]:
         """What the student sees of a batch, and what is known of it: maps of labels keep their size."""
@@ -267,127 +239,11 @@ class StructuredDistiller(BaseModel):
             )
         return TeacherGroup(**teachers)
 
-    def _gate_names(self, gates: Any) -> tuple[str, ...]:
-        """Read the names of modules behind which no gradient passes."""
-        names = list(gates) if isinstance(gates, (list, tuple)) else None
-        if names is None or not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
-            raise ConfigError(
-                f'StructuredDistiller: `gates` must be a list of modules of the student, each once, got {shown(gates)}.'
-                " Example: gates=['backbone.layer2', 'backbone.layer3']."
-            )
-        for name in names:
-            Tap(name).resolve(self.student, 'StructuredDistiller: `gates`')
-        return tuple(names)
-
     def _check_student_taps(self) -> None:
         """Resolve the student's taps before anything expensive is done."""
         for term in self.terms.values():
             for tap in term.student_taps:
                 tap.resolve(self.student, f'term {term.name!r}: `student`')
-
-    def _probe(self, size: tuple[int, int] | None) -> None:
-        """Run both networks once and let each term build what depends on sizes."""
-        for term in self.terms.values():
-            for tap in term.teacher_taps:
-                self._teacher.resolve(tap, f'term {term.name!r}: `teacher`')
-        for term in self.terms.values():
-            term.on_points = any(in_point_head(self.student, tap) for tap in term.student_taps)
-        seen, observed = self._try_sizes(
-            [size] if size else probe_sizes([self.student, self._teacher.network]), bool(size)
-        )
-        capture, regions = seen.capture, seen.regions
-        self._clone = capture.changed_in_place()
-        for term in self.terms.values():
-            for tap in term.student_taps:
-                if tap in capture.cut and term.loss.loss_weight > 0:
-                    print_log(
-                        f'As the student stands now training would stop: {_no_gradient(term, tap, capture)}',
-                        'current',
-                        level=30,
-                    )
-        known = self._known(seen.inputs)
-        for term in self.terms.values():
-            network, tap = self._teacher.part_of(term.teacher_taps[0])
-            probed = ProbedNetworks(
-                student=capture.records,
-                teacher=observed.records,
-                classes=(_num_classes(self.student), self._teacher.num_classes(term.teacher_taps[0])),
-                targets=known,
-                regions=regions,
-                student_network=self.student,
-                teacher_network=network,
-                # A random teacher agrees with no ground truth, and is asked for none.
-                teacher_learned=self._teacher.has_learned(term.teacher_taps[0]),
-                teacher_tap=tap,
-            )
-            fit_to_probe(term, probed)
-            for level in term.levels:
-                print_log(
-                    f'term {term.name!r}: student {level.student_tap} {level.student}, '
-                    f'teacher {level.teacher_tap} {level.teacher}, connector: {level.connector}',
-                    'current',
-                )
-        owners: dict[str, str] = {}
-        for term in self.terms.values():
-            for key in term.log_keys:
-                if key in owners:
-                    raise ConfigError(
-                        f'term {term.name!r}: its losses must have names of their own, got {key!r}, which term '
-                        f'{owners[key]!r} logs as well. Rename one of the two.'
-                    )
-                owners[key] = term.name
-
-    def _try_sizes(self, sizes: Sequence[tuple[int, int]], given: bool) -> tuple[Probe, Capture]:
-        """Probe both networks at the first size at which both run.
-
-        What fails behind the taps at each size (a loss on noise, an operator
-        that the device lacks) is no matter, if the taps are passed alike at two
-        sizes: then it was not a level that was too small.
-        """
-        owners = dict.fromkeys(self._teacher.reads, 'the teacher')
-        owners.update({tap: f'term {term.name!r}' for term in self.terms.values() for tap in term.student_taps})
-        teacher_taps = [tap for term in self.terms.values() for tap in term.teacher_taps]
-        failures: list[tuple[str, tuple[int, int], ForwardFailed]] = []
-        partial: tuple[Probe, Capture] | None = None
-        for device in probe_devices(self.student):
-            with self._moved(device):
-                for size in sizes:
-                    role = 'student'
-                    try:
-                        seen = probe_student(self.student, list(owners), size, owners, self.gates)
-                        role = 'teacher'
-                        more: dict[str, Any] = {'regions': seen.regions} if seen.chosen else {}
-                        more.update(student=seen.capture.records, targets=self._known(seen.inputs))
-                        observed = self._teacher.probe(seen.inputs, seen.samples, teacher_taps, **more)
-                    except ForwardFailed as err:
-                        failures.append((role, size, err))
-                        continue
-                    if device is not None:
-                        seen, observed = seen.to('cpu'), on_device(observed, 'cpu')
-                    if not (seen.capture.partial or getattr(observed, 'partial', False)):
-                        return seen, observed
-                    passes = [seen.capture.passes, observed.passes]
-                    if partial is not None and passes == [partial[0].capture.passes, partial[1].passes]:
-                        return partial
-                    partial = seen, observed
-        if partial is not None:
-            return partial
-        raise no_size_works(failures, given) from failures[0][2]
-
-    @contextlib.contextmanager
-    def _moved(self, device: str | None) -> Iterator[None]:
-        """Have both networks on another device for a while; ``None``: leave them where they are."""
-        if device is None:
-            yield
-            return
-        home = next(self.student.parameters()).device
-        self.student.to(device)
-        self._teacher.move(lambda tensor: tensor.to(device))
-        try:
-            yield
-        finally:
-            self.student.to(home)
-            self._teacher.move(lambda tensor: tensor.to(home))
 
     @property
     def teacher(self) -> TeacherSource:
@@ -450,7 +306,7 @@ class StructuredDistiller(BaseModel):
         for term in active:
             for tap in term.student_taps:
                 if tap in seen.capture.cut:
-                    raise TapError(_no_gradient(term, tap, seen.capture))
+                    raise TapError(no_gradient(term, tap, seen.capture))
         if torch.is_grad_enabled():
             self.last_step = StepRecord.of(inputs, data_samples, labelled, seen)
         losses = scale_losses(losses, self.task_weight * self.task_factor)
@@ -589,10 +445,6 @@ class StructuredDistiller(BaseModel):
             capture = tapped_forward(self.student, images, batch.data_samples, taps, clone=self._clone, route=route)
         return capture, known
 
-    def _known(self, inputs: Tensor) -> Targets:
-        """What batches of the task know, for a probed input."""
-        return probe_targets(task_of(self.student), 1, _num_classes(self.student), tuple(inputs.shape[-2:]))
-
     def set_progress(self, step: int, last: int) -> None:
         """Follow the training: the weight of the task, and what the teacher does by the number of the step.
 
@@ -652,11 +504,7 @@ class StructuredDistiller(BaseModel):
 
     def training_state(self) -> dict[str, Any]:
         """What only training needs, for a checkpoint: connectors, critics, and who the teacher is."""
-        return {
-            'terms': self.terms.state_dict(),
-            'companion': self.companion.state_dict(),
-            'teacher': self._teacher.provenance(),
-        }
+        return state_of(self.terms, self.companion, self._teacher)
 
     def load_training_state(self, state: dict[str, Any]) -> None:
         """Restore :meth:`training_state`.
@@ -667,26 +515,7 @@ class StructuredDistiller(BaseModel):
         Raises:
             CheckpointError: the terms or the teacher are others.
         """
-        try:
-            self.terms.load_state_dict(state['terms'])
-        except RuntimeError as err:
-            raise CheckpointError(
-                f'StructuredDistiller: the resumed checkpoint must hold the terms of the config, got others. {err} '
-                'Start anew from its student with load_from=.'
-            ) from err
-        saved, now = _identity(state['teacher']), _identity(self._teacher.provenance())
-        if saved != now:
-            raise CheckpointError(
-                f'StructuredDistiller: the teacher must be the one the checkpoint was trained with ({shown(saved)}), '
-                f'got {shown(now)}. Give that one, or start anew from the student with load_from=.'
-            )
-        try:
-            self.companion.load_state_dict(state.get('companion', {}))
-        except RuntimeError as err:
-            raise CheckpointError(
-                f'StructuredDistiller: the resumed checkpoint must hold what the teacher trains, got another. {err} '
-                'Start anew from its student with load_from=.'
-            ) from err
+        restore(state, self.terms, self.companion, self._teacher)
 
     def carry_training_state(self, cfg: Mapping[str, Any]) -> list[str]:
         """Begin with what the terms of another training have learned, from ``training_state_from``.
@@ -701,31 +530,8 @@ class StructuredDistiller(BaseModel):
             CheckpointError: the file cannot be read or is of no distilled run, or a term of the same name has other
                 parts.
         """
-        if self.training_state_from is None:
-            return []
-        file = local_checkpoint(self.training_state_from)
-        state = read_checkpoint(file, trust=trusts(cfg), how=IN_CONFIG).get(STATE)
-        kept = state.get('terms') if isinstance(state, Mapping) else None
-        if not isinstance(kept, Mapping):
-            raise CheckpointError(
-                f'StructuredDistiller: `training_state_from` must be a checkpoint of a distilled run, got '
-                f'{self.training_state_from!r}, which holds no terms. Leave it out: load_from= takes the student.'
-            )
-        taken = []
-        for name, term in self.terms.items():
-            begin = f'{name}.'
-            part = {key.removeprefix(begin): value for key, value in kept.items() if key.startswith(begin)}
-            if not part:
-                continue
-            try:
-                term.load_state_dict(part)
-            except RuntimeError as err:
-                raise CheckpointError(
-                    f'term {name!r}: `training_state_from` must hold what the term trains, got another of that name. '
-                    f'{err} Rename the term to let it start anew.'
-                ) from err
-            taken.append(name)
-        return taken
+        path = self.training_state_from
+        return [] if path is None else carry_terms(path, self.terms, cfg)
 
     def prepare_runner(self, runner: Runner) -> None:
         """Ask the runner for what the promises need; called when its hooks are registered.
@@ -773,14 +579,6 @@ class StructuredDistiller(BaseModel):
         )
 
 
-def _identity(provenance: Any) -> Any:
-    """What makes a teacher the same, wherever its files lie."""
-    if isinstance(provenance, Mapping):
-        left_out = ('checkpoint', 'config') if provenance.get('sha256') else ()
-        return {key: _identity(value) for key, value in provenance.items() if key not in left_out}
-    return [_identity(value) for value in provenance] if isinstance(provenance, (list, tuple)) else provenance
-
-
 def _keep_student_only(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, local_metadata: dict) -> None:
     """Reduce the distiller's ``state_dict`` to the student's, under the student's own keys."""
     inner = prefix + STUDENT
@@ -805,14 +603,6 @@ def _hidden_networks(network: nn.Module) -> list[nn.Module]:
     return [one for module in network.modules() for one in vars(module).values() if isinstance(one, nn.Module)]
 
 
-def _no_gradient(term: Term, tap: Tap, capture: Capture) -> str:
-    """Say that a term teaches nothing, and why."""
-    return (
-        f'term {term.name!r}: `student` must name a module that a gradient leaves in training, got '
-        f'{str(tap)!r}, {explain_cut(capture.cut[tap], tap)}.'
-    )
-
-
 def _check_preprocessor(config: Any, scope: str | None) -> None:
     """Build a data preprocessor once: one that the student's own takes the place of would be wrong in silence."""
     if isinstance(config, dict):
@@ -824,8 +614,3 @@ def _check_preprocessor(config: Any, scope: str | None) -> None:
             raise ConfigError(
                 f'StructuredDistiller: `data_preprocessor` must be a data preprocessor, got {type(made).__name__}.'
             )
-
-
-def _num_classes(network: nn.Module | None) -> int | None:
-    """Number of classes of a network's head, where it has one."""
-    return None if network is None else num_classes_of(head_of(network))

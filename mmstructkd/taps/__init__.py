@@ -9,7 +9,7 @@ from mmstructkd.taps.forward import (
     run_tapped,
     tapped_forward,
 )
-from mmstructkd.taps.gates import Gates, before_gate
+from mmstructkd.taps.gates import Gates, before_gate, read_gates
 from mmstructkd.taps.inject import Inject
 from mmstructkd.taps.observation import Observation
 from mmstructkd.taps.points import Sampled, in_point_head, recorded_points, with_points
@@ -42,6 +42,7 @@ __all__ = [
     'in_region_head',
     'pair_stages',
     'probe_regions',
+    'read_gates',
     'recorded_points',
     'run_tapped',
     'shows_regions',

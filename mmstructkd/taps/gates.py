@@ -9,11 +9,39 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from mmstructkd.errors import ConfigError, shown
 from mmstructkd.functional.core.softening import scale_gradient
+from mmstructkd.taps.tap import Tap
 
-__all__ = ['Gates', 'before_gate']
+__all__ = ['Gates', 'before_gate', 'read_gates']
 
 _BEFORE = 'mmstructkd_before_gate'
+
+
+def read_gates(owner: str, gates: Any, network: nn.Module) -> tuple[str, ...]:
+    """Read the names of modules behind which no gradient passes.
+
+    Args:
+        owner: whose option it is, for messages.
+        gates: what the config says.
+        network: the network that has the modules.
+
+    Returns:
+        The names.
+
+    Raises:
+        ConfigError: not a list of different names.
+        TapError: a module is not there.
+    """
+    names = list(gates) if isinstance(gates, (list, tuple)) else None
+    if names is None or not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
+        raise ConfigError(
+            f'{owner}: `gates` must be a list of modules of the student, each once, got {shown(gates)}.'
+            " Example: gates=['backbone.layer2', 'backbone.layer3']."
+        )
+    for name in names:
+        Tap(name).resolve(network, f'{owner}: `gates`')
+    return tuple(names)
 
 
 def before_gate(tensor: Tensor) -> Tensor:

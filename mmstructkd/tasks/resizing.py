@@ -9,7 +9,7 @@ from mmengine.structures import BaseDataElement
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from mmstructkd.errors import check_positive
+from mmstructkd.errors import ConfigError, check_positive
 from mmstructkd.tasks.sample_copies import resized
 
 __all__ = ['check_scale', 'scale_batch', 'scale_images']
@@ -34,6 +34,35 @@ def check_scale(owner: str, name: str, scale: float) -> float:
     """
     check_positive(owner, name, scale, MAX_SCALE)
     return float(scale)
+
+
+def check_student_scale(owner: str, scale: float, task: str) -> float:
+    """Check the factor by which a student's images are resized while its teacher sees them whole.
+
+    Args:
+        owner: whose it is, for the message.
+        scale: the factor.
+        task: ``'seg'``, ``'depth'`` or ``'det'``; a smaller input is for tasks whose labels are maps.
+
+    Returns:
+        The factor.
+
+    Raises:
+        ConfigError: it is not above 0 and at most 1, or below 1 for a detector.
+    """
+    scale = check_scale(owner, 'student_scale', scale)
+    if scale > 1:
+        raise ConfigError(
+            f'{owner}: `student_scale` must be at most 1, got {scale:g}. For a student '
+            'that sees more than its teacher, load larger images and rescale for the teacher with a ViewTeacher.'
+        )
+    if scale < 1 and task == 'det':
+        raise ConfigError(
+            f'{owner}: `student_scale` must be 1 for a detector, got {scale:g}. Boxes '
+            'would have to shrink with the image, and small objects fall below its strides and anchors. Resize in '
+            'the pipeline, for both.'
+        )
+    return scale
 
 
 def scale_images(inputs: Tensor, scale: float) -> Tensor:

@@ -613,7 +613,7 @@ def test_another_device_is_tried_last(monkeypatch: pytest.MonkeyPatch) -> None:
         yield 'cpu'
 
     monkeypatch.setattr(Fussy, 'forward', forward)
-    monkeypatch.setattr('mmstructkd.distillers.structured_distiller.probe_devices', devices)
+    monkeypatch.setattr('mmstructkd.distillers.fitting.probe_devices', devices)
     model = build(TERMS, fussy_segmentor('True', (48, 64)))
     assert level(model)[2:] == (6, 8)
     assert homes == ['cuda']

@@ -102,7 +102,9 @@ def check_turned(turns: tuple[str, ...], sizes: list[tuple[int, int]]) -> None:
 
 
 @pytest.mark.parametrize('sizes', [WHOLE, PADDED])
-@pytest.mark.parametrize('turns', [('half',), ('flip',), ('flip_half',), ('flip_half', 'half', 'flip'), ('none', 'half')])
+@pytest.mark.parametrize(
+    'turns', [('half',), ('flip',), ('flip_half',), ('flip_half', 'half', 'flip'), ('none', 'half')]
+)
 def test_turned_images_have_what_is_known_turned_with_them(turns: tuple[str, ...], sizes: list) -> None:
     check_turned(turns, sizes)
 

@@ -15,6 +15,7 @@ from mmengine.structures import PixelData
 from mmseg.structures import SegDataSample
 
 from mmstructkd.checkpoints import read_checkpoint
+from mmstructkd.distillers.fitting import known_of
 from mmstructkd.distillers.preflight import measure_cost, try_batch
 from mmstructkd.errors import ConfigError, TapError
 from mmstructkd.registry import MODELS
@@ -236,7 +237,7 @@ def test_labels_of_a_stream_are_never_read() -> None:
     torch.manual_seed(0)
     seen = model(**copy.deepcopy(batch), mode='loss')['loss_kd_kd_turned']
     stream = model.streams['turned']
-    made = stream.make(batch['inputs'], batch['data_samples'], model._known(batch['inputs']), {}, 0)
+    made = stream.make(batch['inputs'], batch['data_samples'], known_of(model.student, batch['inputs']), {}, 0)
     assert not any(hasattr(sample, 'gt_sem_seg') for sample in made.data_samples)
     assert seen > 0
 
