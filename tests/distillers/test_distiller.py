@@ -90,6 +90,9 @@ def test_copy_and_pickle_after_a_step() -> None:
 
 
 def test_nothing_keeps_the_graph_of_a_step() -> None:
+    gc.collect()
+    # What a compiler of an earlier test keeps in this process is not of this step.
+    before = [o for o in gc.get_objects() if isinstance(o, torch.Tensor) and o.grad_fn is not None]
     model = build()
     model.train()
     losses = model(**toy_batch(), mode='loss')
@@ -102,7 +105,7 @@ def test_nothing_keeps_the_graph_of_a_step() -> None:
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.student.modules())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.teacher.network.modules())
     held = [o for o in gc.get_objects() if isinstance(o, torch.Tensor) and o.grad_fn is not None]
-    assert held == []
+    assert not {id(o) for o in held} - {id(o) for o in before}
 
 
 def test_predict_and_tensor_are_the_student() -> None:
