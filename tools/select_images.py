@@ -67,13 +67,13 @@ class Judged(NamedTuple):
 
     Attributes:
         path: below the folder of images.
-        index: in the dataset.
+        place: index in the dataset.
         error: NaN where it has no pixel to be judged by.
         group: the most frequent predicted class; 0 for depth.
     """
 
     path: str
-    index: int
+    place: int
     error: float
     group: int
 
@@ -161,9 +161,8 @@ def predict(network: nn.Module, sample: Mapping[str, Any], *, mirrored: bool = F
         What it says, (1, C, H, W): logits or metres; and the predicted classes, (H, W), or metres once more.
     """
     image = sample['inputs'].flip(-1) if mirrored else sample['inputs']
-    data = network.data_preprocessor(
-        {'inputs': [image], 'data_samples': [copy.deepcopy(sample['data_samples'])]}, False
-    )
+    preprocess: Any = network.data_preprocessor
+    data = preprocess({'inputs': [image], 'data_samples': [copy.deepcopy(sample['data_samples'])]}, False)
     (found,) = network(data['inputs'], data['data_samples'], mode='predict')
     if task_of(network) == 'depth':
         maps = found.pred_depth_map.data.reshape(1, 1, *found.pred_depth_map.data.shape[-2:])
@@ -351,11 +350,11 @@ def judge(
         group = 0 if task_of(teacher) == 'depth' else int(answer.long().flatten().bincount().argmax())
         found.append(Judged(path, index, error_of(teacher, sample, maps, by=by, student=student), group))
     if broken and not found:
-        path, err = broken[0]
+        first, reason = broken[0]
         raise ConfigError(
-            f'{OWNER}: `images` must hold images that the pipeline can load, got none; the first is {path!r} '
-            f'({type(err).__name__}: {err}).'
-        ) from err
+            f'{OWNER}: `images` must hold images that the pipeline can load, got none; the first is {first!r} '
+            f'({type(reason).__name__}: {reason}).'
+        ) from reason
     return found
 
 
@@ -387,7 +386,7 @@ def write_labels(teacher: nn.Module, dataset: Any, kept: Sequence[Judged], folde
     """
     task = task_of(teacher)
     for one in kept:
-        _, answer = predict(teacher, dataset[one.index])
+        _, answer = predict(teacher, dataset[one.place])
         file = folder / f'{one.path}{SUFFIXES[task]}'
         file.parent.mkdir(parents=True, exist_ok=True)
         if task == 'depth':
