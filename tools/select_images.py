@@ -103,8 +103,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         '--write-labels',
         nargs='?',
-        type=Path,
-        const=Path(),
+        const='',
         metavar='FOLDER',
         help="write the teacher's predictions of the images that are kept (default folder: beside the list)",
     )
@@ -117,6 +116,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if args.by == 'loss' and args.dataset is None:
         parser.error('--by loss must come with --dataset, which has the labels')
     return args
+
+
+def label_folder(args: argparse.Namespace) -> Path:
+    """Where predictions are written: the folder of the command line, or one beside the list."""
+    return Path(args.write_labels or args.out.with_name(f'{args.out.stem}_labels'))
 
 
 # --- networks ------------------------------------------------------------------------------------------------------
@@ -246,12 +250,15 @@ def images_of(cfg: Config, args: argparse.Namespace) -> tuple[Any, list[tuple[st
     else:
         dataset = labelled_dataset(cfg, args.dataset)
     root = os.path.abspath(args.images)
+    labels = os.path.abspath(label_folder(args))  # of a run before, where the list lies among the images
     found: dict[str, int] = {}
     elsewhere = ''
     for index in range(len(dataset)):
         path = os.path.abspath(dataset.get_data_info(index).get('img_path', ''))
         if os.path.commonpath([root, path]) != root or not os.path.isfile(path):
             elsewhere = elsewhere or path
+            continue
+        if os.path.commonpath([labels, path]) == labels and labels != root:
             continue
         name = os.path.relpath(path, root)
         if name.splitlines() != [name] or name.strip() != name:
@@ -446,7 +453,7 @@ def main(argv: Sequence[str] | None = None) -> list[str]:
     args.out.write_text(''.join(f'{one.path}\n' for one in kept))
     print(f'\n{args.out}: {len(kept)} of {len(images)} images')
     if args.write_labels is not None:
-        folder = args.write_labels if args.write_labels.name else args.out.with_name(f'{args.out.stem}_labels')
+        folder = label_folder(args)
         write_labels(teacher, dataset, kept, folder)
         print(f'{folder}: their labels')
     return [one.path for one in kept]
