@@ -67,13 +67,13 @@ class Judged(NamedTuple):
 
     Attributes:
         path: below the folder of images.
-        index: in the dataset.
+        place: index in the dataset.
         error: NaN where it has no pixel to be judged by.
         group: the most frequent predicted class; 0 for depth.
     """
 
     path: str
-    index: int
+    place: int
     error: float
     group: int
 
@@ -103,8 +103,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         '--write-labels',
         nargs='?',
-        type=Path,
-        const=Path(),
+        const='',
         metavar='FOLDER',
         help="write the teacher's predictions of the images that are kept (default folder: beside the list)",
     )
@@ -117,6 +116,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if args.by == 'loss' and args.dataset is None:
         parser.error('--by loss must come with --dataset, which has the labels')
     return args
+
+
+def label_folder(args: argparse.Namespace) -> Path:
+    """Where predictions are written: the folder of the command line, or one beside the list."""
+    return Path(args.write_labels or args.out.with_name(f'{args.out.stem}_labels'))
 
 
 # --- networks ------------------------------------------------------------------------------------------------------
@@ -161,9 +165,8 @@ def predict(network: nn.Module, sample: Mapping[str, Any], *, mirrored: bool = F
         What it says, (1, C, H, W): logits or metres; and the predicted classes, (H, W), or metres once more.
     """
     image = sample['inputs'].flip(-1) if mirrored else sample['inputs']
-    data = network.data_preprocessor(
-        {'inputs': [image], 'data_samples': [copy.deepcopy(sample['data_samples'])]}, False
-    )
+    preprocess: Any = network.data_preprocessor
+    data = preprocess({'inputs': [image], 'data_samples': [copy.deepcopy(sample['data_samples'])]}, False)
     (found,) = network(data['inputs'], data['data_samples'], mode='predict')
     if task_of(network) == 'depth':
         maps = found.pred_depth_map.data.reshape(1, 1, *found.pred_depth_map.data.shape[-2:])
@@ -247,12 +250,15 @@ def images_of(cfg: Config, args: argparse.Namespace) -> tuple[Any, list[tuple[st
     else:
         dataset = labelled_dataset(cfg, args.dataset)
     root = os.path.abspath(args.images)
+    labels = os.path.abspath(label_folder(args))  # of a run before, where the list lies among the images
     found: dict[str, int] = {}
     elsewhere = ''
     for index in range(len(dataset)):
         path = os.path.abspath(dataset.get_data_info(index).get('img_path', ''))
         if os.path.commonpath([root, path]) != root or not os.path.isfile(path):
             elsewhere = elsewhere or path
+            continue
+        if os.path.commonpath([labels, path]) == labels and labels != root:
             continue
         name = os.path.relpath(path, root)
         if name.splitlines() != [name] or name.strip() != name:
@@ -351,11 +357,11 @@ def judge(
         group = 0 if task_of(teacher) == 'depth' else int(answer.long().flatten().bincount().argmax())
         found.append(Judged(path, index, error_of(teacher, sample, maps, by=by, student=student), group))
     if broken and not found:
-        path, err = broken[0]
+        first, reason = broken[0]
         raise ConfigError(
-            f'{OWNER}: `images` must hold images that the pipeline can load, got none; the first is {path!r} '
-            f'({type(err).__name__}: {err}).'
-        ) from err
+            f'{OWNER}: `images` must hold images that the pipeline can load, got none; the first is {first!r} '
+            f'({type(reason).__name__}: {reason}).'
+        ) from reason
     return found
 
 
@@ -387,7 +393,7 @@ def write_labels(teacher: nn.Module, dataset: Any, kept: Sequence[Judged], folde
     """
     task = task_of(teacher)
     for one in kept:
-        _, answer = predict(teacher, dataset[one.index])
+        _, answer = predict(teacher, dataset[one.place])
         file = folder / f'{one.path}{SUFFIXES[task]}'
         file.parent.mkdir(parents=True, exist_ok=True)
         if task == 'depth':
@@ -447,7 +453,7 @@ def main(argv: Sequence[str] | None = None) -> list[str]:
     args.out.write_text(''.join(f'{one.path}\n' for one in kept))
     print(f'\n{args.out}: {len(kept)} of {len(images)} images')
     if args.write_labels is not None:
-        folder = args.write_labels if args.write_labels.name else args.out.with_name(f'{args.out.stem}_labels')
+        folder = label_folder(args)
         write_labels(teacher, dataset, kept, folder)
         print(f'{folder}: their labels')
     return [one.path for one in kept]

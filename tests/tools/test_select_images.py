@@ -284,6 +284,17 @@ def test_a_student_learns_from_what_is_kept(
     assert all(math.isfinite(value) and value > 0 for value in values)
 
 
+def test_a_list_among_the_images(tool: ModuleType, networks: dict, data: Path, tmp_path: Path) -> None:
+    web = tmp_path / 'web'
+    web.mkdir()
+    for number, name in enumerate(NAMES):
+        cv2.imwrite(str(web / f'{number}.png'), cv2.imread(str(data / 'images' / name)))
+    arguments = [*networks['seg'], str(web), '--out', str(web / 'kept.txt'), '--write-labels', '--device', 'cpu']
+    first = tool.main(arguments)
+    assert (web / 'kept_labels' / f'{first[0]}.png').is_file()
+    assert tool.main(arguments) == first, 'the labels of the first run are no images'
+
+
 def test_files_that_are_no_images_are_told(
     tool: ModuleType, networks: dict, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -330,6 +341,8 @@ def test_a_file_that_runs_code_needs_consent(tool: ModuleType, networks: dict, d
     arguments += ['--out', str(tmp_path / 'kept.txt')]
     with pytest.raises(CheckpointError, match='trust-checkpoint'):
         tool.main(arguments)
+    with pytest.raises(ConfigError, match="`trust_checkpoint` must be True or False, got 'no'"):
+        tool.main([*arguments, '--cfg-options', 'trust_checkpoint=no'])
     assert tool.main([*arguments, '--trust-checkpoint'])
 
 
@@ -368,6 +381,19 @@ def test_mistakes_are_named(tool: ModuleType, networks: dict, data: Path, tmp_pa
     cv2.imwrite(str(one / 'a.png'), cv2.imread(str(data / 'images' / NAMES[0])))
     with pytest.raises(ConfigError, match='`--quantile` must leave an image, got 0.7 of 1'):
         call('seg', one)
+    cv2.imwrite(str(one / ' b.png'), cv2.imread(str(data / 'images' / NAMES[0])))
+    with pytest.raises(ConfigError, match="`images` must have names that a list can hold, got ' b.png'"):
+        call('seg', one)
+    assert not (tmp_path / 'kept.txt').exists()
+
+
+def test_more_classes_than_a_file_of_labels_can_hold(tool: ModuleType, data: Path, tmp_path: Path) -> None:
+    model = toy_segmentor(4, num_classes=256)
+    torch.save(dict(state_dict=MODELS.build(model).state_dict()), tmp_path / 'many.pth')
+    toy_config(model, tmp_path / 'work').dump(tmp_path / 'many.py')
+    arguments = [str(tmp_path / 'many.py'), str(tmp_path / 'many.pth'), str(data / 'images')]
+    with pytest.raises(ConfigError, match='`--write-labels` must have at most 255 classes, got 256'):
+        tool.main([*arguments, '--out', str(tmp_path / 'kept.txt'), '--write-labels', '--device', 'cpu'])
     assert not (tmp_path / 'kept.txt').exists()
 
 
