@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-__all__ = ['Targets']
+__all__ = ['Blend', 'Targets']
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,3 +46,16 @@ class Targets:
     depth: Tensor | None = None
     inside: Tensor | None = None
     views: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Blend:
+    """How the images of a batch were blended in pairs.
+
+    Attributes:
+        partners: the image that each is blended with, int64, shape (B,).
+        share: of the image itself, in [0, 1]; the partner has the rest.
+    """
+
+    partners: Tensor
+    share: float

@@ -203,6 +203,12 @@ def use_beside(teacher: TeacherSource) -> None:
     use_model(StructuredDistiller(student=toy_segmentor(2), teacher=teacher, terms=copy.deepcopy(ONE_TERM)).train())
 
 
+def use_blend(teacher: TeacherSource) -> None:
+    terms = dict(a=dict(copy.deepcopy(ONE_TERM)['a'], on='mixed'))
+    streams = dict(mixed=dict(type='mmstructkd.MixedStream'))
+    use_model(StructuredDistiller(student=toy_segmentor(2), teacher=teacher, terms=terms, streams=streams).train())
+
+
 def use_mean(teacher: TeacherSource) -> None:
     terms = copy.deepcopy(ONE_TERM)
     terms['a']['tap'] = dict(student='decode_head.conv_seg', teacher='mean.decode_head.conv_seg')
@@ -286,6 +292,7 @@ ALONE: dict[str, tuple[dict[str, Any], Callable[[Any], None]]] = {
     'RouteTeacher': (dict(config=toy_segmentor(2), route=[dict(checkpoint='{}/net.pth')]), use_beside),
     'SelfTeacher': ({}, use_beside),
     'ViewTeacher': (dict(flip=True), use_beside),
+    'BlendTeacher': (dict(stream='mixed'), use_blend),
     'TeacherMean': (dict(of=dict(a=0.5, b=0.5)), use_mean),
     'TeacherGroup': (dict(a=SMALL_TEACHER), use_group),
     'ResidualBackbone': (dict(base=toy_segmentor(2).backbone, assistant=toy_segmentor(2).backbone), use_backbone),

@@ -54,6 +54,7 @@ def fit_terms(
     for term in terms.values():
         for tap in term.teacher_taps:
             teacher.resolve(tap, f'term {term.name!r}: `teacher`')
+    teacher.listen([tap for term in terms.values() for tap in term.teacher_taps])
     for term in terms.values():
         term.on_points = any(in_point_head(student, tap) for tap in term.student_taps)
     seen, observed = _try_sizes(

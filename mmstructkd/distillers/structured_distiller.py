@@ -208,7 +208,7 @@ class StructuredDistiller(BaseModel):
                 term.branches = branches_of(self.student)
             self._teacher = self._build_teacher(teacher, teachers)
             self._teacher.attach(self.student, self_config)
-            self.streams.check_terms(self.terms.values())
+            self.streams.check_terms(self.terms.values(), self._teacher)
             with as_one_process(), training_info():
                 self._clone = fit_terms(self.student, self._teacher, self.terms, probe_size, self.gates)
         # What trains beside the student, or is kept from step to step: owned as the terms are.
@@ -315,7 +315,7 @@ class StructuredDistiller(BaseModel):
         scores = self.score(seen)
         size = (inputs.shape[-2], inputs.shape[-1])
         whole = seen.targets if self.student_scale == 1 else replace(seen.targets, images=inputs, input_size=size)
-        batch = TrainingBatch(inputs, data_samples, whole, others, self.step)
+        batch = TrainingBatch(inputs, data_samples, whole, others, self.step, seen.student)
         trained = (self.student, self.companion)
         scores.update(self.streams.score(self._run_student, self._teacher, self.terms.values(), batch, trained))
         for name, scored in scores.items():
@@ -407,7 +407,7 @@ class StructuredDistiller(BaseModel):
         if asked and not late:
             teacher = self._teacher.observe(inputs, data_samples, teacher_taps)
         student_taps = [tap for term in terms for tap in term.student_taps]
-        if asked:
+        if asked or self._active:  # on a stream a teacher may look at what the student made of this batch
             student_taps += [tap for tap in self._teacher.reads if tap not in student_taps]
         targets = collect_targets(self.student, inputs, data_samples) if asked or self.streams else Targets()
         images, known = self._for_student(inputs, targets)

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mmstructkd.errors import check_one_of
-from mmstructkd.structures import Targets
+from mmstructkd.structures import Blend, Targets
 
 __all__ = ['Stream', 'StreamBatch', 'statistics_kept']
 
@@ -49,11 +49,13 @@ class StreamBatch:
         data_samples: one per image, without labels; ``None``: nothing is known.
         targets: what is known of it: which pixels are inside images, and labels
             where the stream has any.
+        blend: which images of the labelled batch were blended, where its images are blends of these.
     """
 
     inputs: Tensor
     data_samples: Sequence[Any] | None
     targets: Targets
+    blend: Blend | None = None
 
 
 class Stream(ABC):
@@ -69,10 +71,12 @@ class Stream(ABC):
         views: turns of the copies that it holds together with the upright one,
             ``'none'`` among them; empty: it has no upright one, or no copies.
         reads_data: whether it reads its images from the data loader's batch.
+        blends: whether its images are blends of those of the labelled batch.
     """
 
     labelled: bool = False
     reads_data: bool = False
+    blends: bool = False
     views: tuple[str, ...] = ()
 
     def __init__(self, norm: str = 'frozen') -> None:

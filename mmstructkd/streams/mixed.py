@@ -13,7 +13,7 @@ from mmstructkd.errors import check_positive
 from mmstructkd.randomness import own_stream
 from mmstructkd.registry import MODELS
 from mmstructkd.streams.base import Stream, StreamBatch
-from mmstructkd.structures import Targets
+from mmstructkd.structures import Blend, Targets
 from mmstructkd.tasks.sample_copies import unlabelled
 
 __all__ = ['MixedStream']
@@ -35,6 +35,8 @@ class MixedStream(Stream):
         alpha: of the Beta distribution, above 0.
         norm: what the student's BatchNorm layers do on it.
     """
+
+    blends = True
 
     def __init__(self, alpha: float = 1.0, norm: str = 'frozen') -> None:
         super().__init__(norm)
@@ -66,4 +68,4 @@ class MixedStream(Stream):
             images=images,
             input_size=targets.input_size,
         )
-        return StreamBatch(images, unlabelled(data_samples), known)
+        return StreamBatch(images, unlabelled(data_samples), known, Blend(partners, weight))

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
-from mmstructkd.errors import ConfigError, suggest
+from mmstructkd.errors import ConfigError, shown, suggest
 from mmstructkd.streams.base import Stream, StreamBatch, statistics_kept
 from mmstructkd.streams.building import LABELLED, build_streams
 from mmstructkd.streams.preprocessing import StreamPreprocessor
@@ -19,6 +19,7 @@ from mmstructkd.taps import Capture, Observation, Tap
 
 if TYPE_CHECKING:
     from mmstructkd.teachers import TeacherSource
+    from mmstructkd.teachers.base import Records
     from mmstructkd.terms import Term
 
 __all__ = ['StreamSet', 'TrainingBatch']
@@ -37,6 +38,7 @@ class TrainingBatch:
         targets: what the task knows of it.
         others: batches of streams that read data, by name.
         step: iterations done so far.
+        student: the student's tensors on it, at the taps that the teacher reads.
     """
 
     inputs: Tensor
@@ -44,6 +46,7 @@ class TrainingBatch:
     targets: Targets
     others: Mapping[str, Any]
     step: int
+    student: Records = field(default_factory=dict)
 
 
 class StreamSet(Mapping[str, Stream]):
@@ -77,17 +80,20 @@ class StreamSet(Mapping[str, Stream]):
         """The student's data preprocessor, for the batches of streams as well where any reads data."""
         return StreamPreprocessor(preprocessor, self.reading) if self.reading else preprocessor
 
-    def check_terms(self, terms: Iterable[Term]) -> None:
+    def check_terms(self, terms: Iterable[Term], teacher: TeacherSource) -> None:
         """Check that each term compares on streams that there are, and that know what it needs.
 
         Args:
             terms: all terms of the distiller.
+            teacher: source of the teacher's tensors.
 
         Raises:
             ConfigError: no such stream, a loss that needs labels on a stream without
-                any, or taps in a RoI head.
+                any, taps in a RoI head, or a teacher that shows nothing there.
         """
         for term in terms:
+            for tap in term.teacher_taps:
+                self._check_place(term, teacher.member(tap))
             for name in term.on:
                 self._warn_without_views(term, name)
                 if name != LABELLED:
@@ -102,6 +108,27 @@ class StreamSet(Mapping[str, Stream]):
                 "with streams=dict(<stream>=dict(type='mmstructkd.TurnedStream', turns=('none', 'half'))).",
                 'current',
                 level=logging.WARNING,
+            )
+
+    def _check_place(self, term: Term, teacher: TeacherSource) -> None:
+        """Check that a teacher that shows something on one stream alone is asked there, and that there are blends."""
+        name = teacher.stream
+        if name is None:
+            return
+        owner = type(teacher).__name__
+        if name not in self:
+            raise ConfigError(
+                f'{owner}: `stream` must name a stream of the distiller, got {name!r}. {suggest(name, [*self])}'
+            )
+        if not self[name].blends:
+            raise ConfigError(
+                f'{owner}: `stream` must name a stream of blends, got {name!r}, a {type(self[name]).__name__}. Set '
+                f"streams=dict({name}=dict(type='mmstructkd.MixedStream'))."
+            )
+        if tuple(term.on) != (name,):
+            raise ConfigError(
+                f'term {term.name!r}: `on` must be {name!r} with a {owner}, got {shown(list(term.on))}. It shows '
+                f'nothing on other batches: set on={name!r}.'
             )
 
     def _check_term(self, term: Term, name: str) -> None:
@@ -153,7 +180,7 @@ class StreamSet(Mapping[str, Stream]):
                 others = batch.others.get(name) or {}
                 made = stream.make(batch.inputs, batch.data_samples, batch.targets, others, batch.step)
                 with statistics_kept(*(trained if stream.norm == 'frozen' else ())):
-                    seen = _observe(run_student, teacher, made, active)
+                    seen = _observe(run_student, teacher, made, active, batch.student)
             for term in here:
                 if not active or term in active:
                     scored = term(seen.student, seen.teacher, seen.targets, None)
@@ -163,11 +190,15 @@ class StreamSet(Mapping[str, Stream]):
         return scores
 
 
-def _observe(run_student: RunStudent, teacher: TeacherSource, batch: StreamBatch, terms: Sequence[Term]) -> Observation:
+def _observe(
+    run_student: RunStudent, teacher: TeacherSource, batch: StreamBatch, terms: Sequence[Term], plain: Records
+) -> Observation:
     """Run both networks on a batch of a stream."""
     teacher_taps = [tap for term in terms for tap in term.teacher_taps]
     student_taps = list(dict.fromkeys([tap for term in terms for tap in term.student_taps]))
     student_taps += [tap for tap in teacher.reads if tap not in student_taps]
     capture, targets = run_student(batch, student_taps)
-    shown = teacher.observe(batch.inputs, batch.data_samples, teacher_taps, student=capture.records, labelled=False)
-    return Observation(capture, shown, targets, None)
+    teachers = teacher.observe_stream(
+        batch.inputs, batch.data_samples, teacher_taps, student=capture.records, plain=plain, blend=batch.blend
+    )
+    return Observation(capture, teachers, targets, None)

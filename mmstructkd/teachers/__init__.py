@@ -1,6 +1,7 @@
 """Teachers: whatever can show tensors at taps."""
 
 from mmstructkd.teachers.base import TeacherSource
+from mmstructkd.teachers.blend import BlendTeacher
 from mmstructkd.teachers.frozen import FrozenTeacher
 from mmstructkd.teachers.group import TeacherGroup
 from mmstructkd.teachers.mean import TeacherMean
@@ -10,6 +11,7 @@ from mmstructkd.teachers.self_teacher import SelfTeacher
 from mmstructkd.teachers.view import ViewTeacher
 
 __all__ = [
+    'BlendTeacher',
     'FrozenTeacher',
     'PeerTeacher',
     'RouteTeacher',

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mmstructkd.errors import ConfigError
-from mmstructkd.structures import Targets
+from mmstructkd.structures import Blend, Targets
 from mmstructkd.taps import Capture, Regions, Tap
 from mmstructkd.tasks.targets import head_of, num_classes_of
 
@@ -52,6 +52,7 @@ class TeacherSource(ABC):
         reads: taps of the student that it looks at.
         beside: taps of other members of its group that it looks at, with their names.
         follows: it shows nothing before the student has run.
+        stream: name of the only stream on which it shows anything; ``None``: it shows on each batch.
         trained: modules that train beside the student (or an average that is
             kept); ``None``: there are none. Set by :meth:`probe` at the latest.
         own_optimizer: config of an optimiser for ``trained``; ``None``: they go
@@ -69,6 +70,7 @@ class TeacherSource(ABC):
     reads: tuple[Tap, ...] = ()
     beside: tuple[Tap, ...] = ()
     follows: bool = False
+    stream: str | None = None
     trained: nn.Module | None = None
     own_optimizer: dict | None = None
     terms: Mapping[str, Any] = {}
@@ -92,6 +94,14 @@ class TeacherSource(ABC):
             student: the student.
             config: its config, where it was given as one.
         """
+
+    def listen(self, taps: Iterable[Tap]) -> None:
+        """Learn, before the probe, what will be asked for; :attr:`reads` may depend on it.
+
+        Args:
+            taps: every tap that terms have of it.
+        """
+        return
 
     def begin(self, student: nn.Module) -> None:
         """Called when the student has been initialised, before any weights are loaded into it.
@@ -152,6 +162,28 @@ class TeacherSource(ABC):
             labelled: whether the samples have the labels of the task; without them a
                 source that trains shows tensors and has no objective.
         """
+
+    def observe_stream(
+        self,
+        inputs: Tensor,
+        data_samples: Sequence[Any] | None,
+        taps: Iterable[Tap],
+        *,
+        student: Records,
+        plain: Records,
+        blend: Blend | None = None,
+    ) -> dict[Tap, list[Tensor]]:
+        """Return the tensors at ``taps`` for the batch of a stream: those of :meth:`observe` without labels.
+
+        Args:
+            inputs: its images in the student's normalisation, shape (B', 3, h, w).
+            data_samples: one per image, or ``None``.
+            taps: taps that were probed.
+            student: the student's tensors at :attr:`reads` on it.
+            plain: those on the labelled batch that the stream was made of.
+            blend: how that was blended, where the images are blends.
+        """
+        return self.observe(inputs, data_samples, taps, student=student, labelled=False)
 
     def objectives(self, student: Records, targets: Targets) -> dict[str, Any]:
         """Its own losses of the batch that was observed last, weighted, by log key.

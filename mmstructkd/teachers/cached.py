@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mmstructkd.errors import ConfigError
-from mmstructkd.structures import Targets
+from mmstructkd.structures import Blend, Targets
 from mmstructkd.taps import Capture, Regions, Tap, in_point_head, in_region_head
 from mmstructkd.teachers.base import ProbedTensors, Records, Repeatable, TeacherSource, check_one_batch
 from mmstructkd.teachers.cache import TeacherCache, hash_of, preprocessing
@@ -158,6 +158,19 @@ class CachedTeacher(TeacherWrapper):
             lambda images, samples: live.observe_each(images, samples, taps),
             whole=live.wants_whole_batches,
         )
+
+    def observe_stream(
+        self,
+        inputs: Tensor,
+        data_samples: Sequence[Any] | None,
+        taps: Iterable[Tap],
+        *,
+        student: Records,
+        plain: Records,
+        blend: Blend | None = None,
+    ) -> dict[Tap, list[Tensor]]:
+        """As :meth:`observe`: what can be kept is a function of the images."""
+        return self.observe(inputs, data_samples, taps, student=student, labelled=False)
 
     def without_cache(self) -> None:
         """Ask the teacher for each batch from now on, and write nothing."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mmstructkd.errors import ConfigError, TapError, suggest
 from mmstructkd.registry import MODELS
-from mmstructkd.structures import Targets
+from mmstructkd.structures import Blend, Targets
 from mmstructkd.taps import Regions, Tap
 from mmstructkd.teachers.base import ProbedTensors, Records, TeacherSource
 from mmstructkd.teachers.building import build_source
@@ -117,6 +117,12 @@ class TeacherGroup(TeacherSource):
         for member in self.members.values():
             member.attach(student, config)
 
+    def listen(self, taps: Iterable[Tap]) -> None:
+        """Tell each member what is asked of it."""
+        for name, own in self._split(taps).items():
+            self.members[name].listen(list(own))
+        self._link()
+
     def begin(self, student: nn.Module) -> None:
         """Tell each member."""
         for member in self.members.values():
@@ -186,6 +192,24 @@ class TeacherGroup(TeacherSource):
         def ask(member: TeacherSource, own: list[Tap], others: Records) -> Records:
             known = {**(student or {}), **others}
             return member.observe(inputs, data_samples, own, student=known, regions=regions, labelled=labelled)
+
+        return self._each(self._split(taps), ask)
+
+    def observe_stream(
+        self,
+        inputs: Tensor,
+        data_samples: Sequence[Any] | None,
+        taps: Iterable[Tap],
+        *,
+        student: Records,
+        plain: Records,
+        blend: Blend | None = None,
+    ) -> dict[Tap, list[Tensor]]:
+        """Ask each member that is tapped, or that trains."""
+
+        def ask(member: TeacherSource, own: list[Tap], others: Records) -> Records:
+            known = {**student, **others}
+            return member.observe_stream(inputs, data_samples, own, student=known, plain=plain, blend=blend)
 
         return self._each(self._split(taps), ask)
 

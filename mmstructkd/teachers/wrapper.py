@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mmstructkd.structures import Targets
+from mmstructkd.structures import Blend, Targets
 from mmstructkd.taps import Capture, Regions, Tap
 from mmstructkd.teachers.base import ProbedTensors, Records, Repeatable, TeacherSource
 
@@ -50,6 +50,11 @@ class TeacherWrapper(TeacherSource):
     def follows(self) -> bool:  # type: ignore[override]
         """Whether the wrapped teacher does."""
         return self.wrapped.follows
+
+    @property
+    def stream(self) -> str | None:  # type: ignore[override]
+        """That of the wrapped teacher."""
+        return self.wrapped.stream
 
     @property
     def trained(self) -> nn.Module | None:  # type: ignore[override]
@@ -95,6 +100,10 @@ class TeacherWrapper(TeacherSource):
         """Introduce the wrapped teacher to the others."""
         self.wrapped.join(name, members)
 
+    def listen(self, taps: Iterable[Tap]) -> None:
+        """Tell the wrapped teacher."""
+        self.wrapped.listen(taps)
+
     def begin(self, student: nn.Module) -> None:
         """Tell the wrapped teacher."""
         self.wrapped.begin(student)
@@ -128,6 +137,19 @@ class TeacherWrapper(TeacherSource):
     ) -> dict[Tap, list[Tensor]]:
         """Ask the wrapped teacher."""
         return self.wrapped.observe(inputs, data_samples, taps, student=student, regions=regions, labelled=labelled)
+
+    def observe_stream(
+        self,
+        inputs: Tensor,
+        data_samples: Sequence[Any] | None,
+        taps: Iterable[Tap],
+        *,
+        student: Records,
+        plain: Records,
+        blend: Blend | None = None,
+    ) -> dict[Tap, list[Tensor]]:
+        """Ask the wrapped teacher."""
+        return self.wrapped.observe_stream(inputs, data_samples, taps, student=student, plain=plain, blend=blend)
 
     def objectives(self, student: Records, targets: Targets) -> dict[str, Any]:
         """Those of the wrapped teacher."""

@@ -19,6 +19,7 @@ from mmstructkd.structures import Targets
 from mmstructkd.taps import Regions, Tap
 from mmstructkd.tasks.targets import head_at
 from mmstructkd.terms.diagnosis import (
+    check_confidence,
     check_images_first,
     check_log_probabilities,
     check_one_channel,
@@ -124,6 +125,8 @@ def fit_to_probe(term: Term, probed: ProbedNetworks) -> None:
     for note in notes:
         print_log(f'term {term.name!r}: {note}', 'current', level=logging.WARNING)
     check_log_probabilities(term)
+    taps = (term.student_taps[0], probed.teacher_tap or term.teacher_taps[0])
+    check_confidence(term, (probed.student_network, probed.teacher_network), taps, heads)
     if not probed.teacher_learned:
         term.depth_checks_left = 0
     kind = _connector_class(term)

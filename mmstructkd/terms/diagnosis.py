@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmstructkd.connectors.tokens import grid_of
 from mmstructkd.errors import CheckpointError, ConfigError, ShapeError, TapError
@@ -16,6 +16,7 @@ from mmstructkd.terms.reading import connector_classes
 from mmstructkd.terms.term import Term
 
 __all__ = [
+    'check_confidence',
     'check_images_first',
     'check_log_probabilities',
     'check_one_channel',
@@ -61,6 +62,50 @@ def check_log_probabilities(term: Term) -> None:
             f'term {term.name!r}: `loss` must compare distributions over classes behind {making[0].__name__}, '
             f'which gives their logarithms, got {type(term.loss).__name__}. Take PixelwiseKLLoss.'
         )
+
+
+def check_confidence(term: Term, networks: Sequence[nn.Module | None], taps: Sequence[Tap], heads: Heads) -> None:
+    """Raise where a term asks how sure a network is of a position and its tap does not say.
+
+    Args:
+        term: the term.
+        networks: student and teacher.
+        taps: the first tap of each as that network names it.
+        heads: the heads that these lie in.
+
+    Raises:
+        ConfigError: a tap gives no scores of classes, or a connector hides those of the student.
+    """
+    if term.confidence is None:
+        return
+    owner = f'term {term.name!r}'
+    both = term.confidence.by == 'both'
+    made = bool(_probability_makers(term))  # the connector makes them of what the teacher says
+    if both and term.connector_config is not None and not made:
+        raise ConfigError(
+            f"{owner}: `confidence` must be by='teacher' behind a connector, got by='both'. What a connector makes of "
+            "the student's scores are no scores of its own."
+        )
+    several = len(term.student_taps) > 1 or len(term.teacher_taps) > 1
+    for side in ('student', 'teacher') if both else ('teacher',):
+        place = ('student', 'teacher').index(side)
+        if side == 'teacher' and made:
+            continue
+        if several or not _gives_class_scores(networks[place], taps[place], heads[place]):
+            shown_taps = [str(tap) for tap in (term.student_taps, term.teacher_taps)[place]]
+            raise ConfigError(
+                f'{owner}: `confidence` must have scores of classes, one tap of them, as `{side}`, got {shown_taps}. '
+                "Tap 'decode_head.conv_seg'."
+            )
+
+
+def _gives_class_scores(network: nn.Module | None, tap: Tap, head: nn.Module | None) -> bool:
+    """Whether a tap is the output of a head over classes, or of its last layer."""
+    channels = getattr(head, 'out_channels', None)
+    if network is None or not isinstance(channels, int) or hasattr(head, 'max_depth') or tap.side != 'output':
+        return False
+    module = network.get_submodule(tap.module)
+    return module is head or module is getattr(head, 'conv_seg', None)
 
 
 def _probability_makers(term: Term) -> list[type]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from mmstructkd.errors import ConfigError, TapError, prefix_errors, suggest
+from mmstructkd.errors import ConfigError, TapError, check_finite_number, check_one_of, prefix_errors, shown, suggest
 from mmstructkd.losses.base import DistillLoss
 from mmstructkd.optim import check_optimizer
 from mmstructkd.registry import MODELS, build_part, look_up
@@ -17,16 +17,18 @@ from mmstructkd.taps import Tap
 __all__ = [
     'MATCHES',
     'TERM_KEYS',
+    'Confidence',
     'build_loss',
     'check_keys',
     'connector_classes',
+    'read_confidence',
     'read_outputs',
     'read_sides',
     'read_streams',
     'read_taps',
 ]
 
-TERM_KEYS = ('tap', 'loss', 'connector', 'schedule', 'match', 'where', 'on')
+TERM_KEYS = ('tap', 'loss', 'connector', 'schedule', 'match', 'where', 'on', 'confidence')
 #: What configs give a term by mistake, and where it belongs.
 MISPLACED = {
     **dict.fromkeys(('type', 'loss_weight', 'temperature', 'preset'), 'It belongs into `loss`.'),
@@ -77,6 +79,41 @@ def read_streams(on: Any, owner: str) -> tuple[str, ...]:
             'that the task is trained on.'
         )
     return names
+
+
+@dataclasses.dataclass(frozen=True)
+class Confidence:
+    """From which confidence on a position counts.
+
+    Attributes:
+        minimum: the least that counts, in [0, 1].
+        by: ``'teacher'``, its largest probability, or ``'both'``, that of teacher and student
+            multiplied.
+    """
+
+    minimum: float = 0.9
+    by: str = 'both'
+
+
+def read_confidence(confidence: Any, owner: str) -> Confidence | None:
+    """Read how sure of a position the networks must be.
+
+    Raises:
+        ConfigError: no dict of ``minimum`` and ``by``, or one of them is out of range.
+    """
+    if confidence is None:
+        return None
+    if not isinstance(confidence, Mapping) or not set(confidence) <= {'minimum', 'by'}:
+        raise ConfigError(
+            f"{owner}: `confidence` must be a dict with the keys 'minimum' and 'by', got {shown(confidence)}. "
+            "Example: confidence=dict(minimum=0.9, by='teacher')."
+        )
+    made = Confidence(**confidence)
+    check_finite_number(f'{owner}: `confidence`', 'minimum', made.minimum, minimum=0)
+    if made.minimum > 1:
+        raise ConfigError(f'{owner}: `confidence`: `minimum` must lie in [0, 1], got {made.minimum!r}.')
+    check_one_of(f'{owner}: `confidence`', 'by', made.by, ('teacher', 'both'))
+    return made
 
 
 def read_sides(tap: Any, owner: str) -> Mapping[str, Any]:

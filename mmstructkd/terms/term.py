@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mmstructkd.errors import ConfigError, TapError, check_one_of, prefix_errors
 from mmstructkd.functional.core.resize import resize_map
 from mmstructkd.functional.core.sharing import once
+from mmstructkd.functional.sample_selection import confident_pixels
 from mmstructkd.losses.base import DistillLoss
 from mmstructkd.losses.positions import PLACES
 from mmstructkd.structures import Targets
@@ -21,7 +22,15 @@ from mmstructkd.taps import Regions, in_region_head, shows_regions
 from mmstructkd.tasks.targets import point_targets, region_targets, repeat_targets
 from mmstructkd.terms.depth_order import check_depth_order
 from mmstructkd.terms.matching import Records, recorded, repeat_for_branches, repeat_for_cascade
-from mmstructkd.terms.reading import MATCHES, build_loss, read_outputs, read_sides, read_streams, read_taps
+from mmstructkd.terms.reading import (
+    MATCHES,
+    build_loss,
+    read_confidence,
+    read_outputs,
+    read_sides,
+    read_streams,
+    read_taps,
+)
 from mmstructkd.terms.schedule import WeightSchedule
 
 __all__ = ['Level', 'Term']
@@ -71,6 +80,10 @@ class Term(nn.Module):
             has a reading). ``None``: what the loss's method published.
         on: the batches on which it compares: ``'labelled'``, the one that the task is
             trained on, or streams of the distiller by name.
+        confidence: ``dict(minimum=0.9, by='both')``: positions of which the networks are
+            less sure do not count (selection of KD3, arXiv:2307.11469). ``by='teacher'``
+            takes the largest probability of the teacher, ``'both'`` that of the teacher
+            times that of the student. For taps at scores of classes; ``None``: all count.
     """
 
     def __init__(
@@ -83,6 +96,7 @@ class Term(nn.Module):
         match: str = 'stride',
         where: str | None = None,
         on: str | Sequence[str] = 'labelled',
+        confidence: dict | None = None,
     ) -> None:
         super().__init__()
         self.name = name
@@ -98,6 +112,7 @@ class Term(nn.Module):
             check_one_of(owner, 'where', where, PLACES)
         self.where = where
         self.on = read_streams(on, owner)
+        self.confidence = read_confidence(confidence, owner)
         self.schedule = WeightSchedule.from_config(schedule, owner)
         self.factor = self.schedule.factor(0, 1)
         self.interval_factor = 1.0  # of the teacher, see TeacherSource.interval_factor
@@ -276,7 +291,7 @@ class Term(nn.Module):
             # a region has one label, which does not spread over a map of it
             if regional and mine.labels is not None and (pair[0].dim() == 4 or len(pair[0]) != len(mine.labels)):
                 mine = dataclasses.replace(mine, labels=None)
-            value = loss(*pair, mine)
+            value = loss(*pair, self._confident(*pair, mine))
             for part, number in (value if isinstance(value, dict) else {'': value}).items():
                 parts.setdefault(part, []).append(number)
         out = {}
@@ -313,6 +328,15 @@ class Term(nn.Module):
         # A batch without labels in a task that has them: nothing is labelled.
         nothing = torch.zeros(len(images), *images.shape[2:], dtype=torch.bool, device=images.device)
         return dataclasses.replace(targets, valid=nothing)
+
+    def _confident(self, student: Tensor, teacher: Tensor, targets: Targets) -> Targets:
+        """The targets with the positions that the networks are sure of."""
+        if self.confidence is None:
+            return targets
+        sure = confident_pixels(
+            student, teacher, minimum=self.confidence.minimum, by=self.confidence.by, valid=targets.valid
+        )
+        return dataclasses.replace(targets, valid=sure)
 
     def _check_depth(self, pairs: list[tuple[Tensor, Tensor]], targets: Targets) -> None:
         """In the first step, where the host may wait: does the teacher's depth rise where the ground truth does?"""

@@ -78,6 +78,14 @@ KINDS: dict[str, dict] = {
         streams=dict(mixed=dict(type='mmstructkd.MixedStream')),
         terms=dict(kd=dict(SCORES['kd'], on=['labelled', 'mixed'])),
     ),
+    'blend': dict(
+        teacher=dict(type='mmstructkd.BlendTeacher', stream='mixed'),
+        streams=dict(mixed=dict(type='mmstructkd.MixedStream', alpha=0.4, norm='update')),
+        terms=dict(
+            kd=dict(SCORES['kd'], on='mixed'),
+            maps=dict(on='mixed', tap='backbone[*]', loss=dict(type='mmstructkd.FeatureMSELoss')),
+        ),
+    ),
     'turned': dict(
         teacher=frozen(8),
         streams=dict(turned=dict(type='mmstructkd.TurnedStream', turns=['half'])),

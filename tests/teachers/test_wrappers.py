@@ -22,7 +22,12 @@ from tests.teachers.kinds import KINDS, SCORES, frozen, model_of
 
 LEARNS = 'learns in this training'
 #: Of types of teachers that take no wrapper, the reason that is given.
-WHY_NO_CACHE = {'SelfTeacher': LEARNS, 'PeerTeacher': LEARNS, 'ViewTeacher': 'follows the student'}
+WHY_NO_CACHE = {
+    'SelfTeacher': LEARNS,
+    'PeerTeacher': LEARNS,
+    'ViewTeacher': 'follows the student',
+    'BlendTeacher': 'is the student',
+}
 WHY_NO_PACE = {'SelfTeacher': LEARNS, 'PeerTeacher': LEARNS}
 every_kind = pytest.mark.parametrize('kind', sorted(KINDS))
 
