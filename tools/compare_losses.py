@@ -139,7 +139,7 @@ USUAL = Settings()
 
 
 def losses() -> list[str]:
-    """Name the registered losses that serve segmentation.
+    """Name the registered losses that serve segmentation on the labelled batch; others need a stream of turned copies.
 
     Returns:
         Names, sorted.
@@ -152,6 +152,7 @@ def losses() -> list[str]:
         and kind.__module__.startswith('mmstructkd.losses.')
         and issubclass(kind, DistillLoss)
         and 'seg' in kind.tasks
+        and not kind.needs_views
     )
 
 

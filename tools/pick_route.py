@@ -28,7 +28,7 @@ from mmstructkd.errors import ConfigError
 from mmstructkd.functional import equal_hardness_route
 from mmstructkd.registry import MODELS
 from mmstructkd.running import Overrides, one_line_errors, read_config
-from mmstructkd.terms.term import parse_terms
+from mmstructkd.terms import parse_terms
 
 KL = {'type': 'mmstructkd.PixelwiseKLLoss', 'loss_weight': 1.0}
 #: Keys of a RouteTeacher that a teacher of one checkpoint does not take.
