@@ -26,10 +26,10 @@ from typing import Any
 
 from mmengine.config import Config, DictAction
 
-from mmstructkd import compat
 from mmstructkd.checkpoints import ON_COMMAND_LINE, read_checkpoint, trusts
 from mmstructkd.errors import CheckpointError, ConfigError
 from mmstructkd.hooks.student_checkpoint import KEY
+from mmstructkd.resuming import checkpoint_to_resume
 from mmstructkd.running import one_line_errors, read_config
 from mmstructkd.teachers.loading import student_config
 
@@ -125,7 +125,7 @@ def train(args: argparse.Namespace) -> list[str]:
     for number, (path, cfg) in enumerate(zip(args.configs, configs, strict=True), start=1):
         folder = Path(args.work_dir, f'{number}_{Path(path).stem}')
         trust = trusts(cfg, args.trust_checkpoint)
-        there = compat.checkpoint_to_resume(folder) if folder.is_dir() else None
+        there = checkpoint_to_resume(folder) if folder.is_dir() else None
         content = None if there is None else read_checkpoint(there, trust=trust, how=ON_COMMAND_LINE)
         if there is None or content is None or not is_finished(content, cfg):
             command = [sys.executable, str(ROOT / 'tools' / 'train.py'), path, '--work-dir', str(folder)]
@@ -135,7 +135,7 @@ def train(args: argparse.Namespace) -> list[str]:
             command += ['--cfg-options', *options] if options else []
             print(f'{OWNER}: stage {number} of {len(configs)}: {path}', flush=True)
             subprocess.run(command, check=True)
-            there = compat.checkpoint_to_resume(folder)
+            there = checkpoint_to_resume(folder)
             content = {} if there is None else read_checkpoint(there, trust=trust, how=ON_COMMAND_LINE)
         if there is None or not content or not is_finished(content, cfg):
             raise CheckpointError(
